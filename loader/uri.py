@@ -1,0 +1,17 @@
+"""What of a URI may be shown: credentials can hide in its user information and in its query string."""
+
+from __future__ import annotations
+
+import re
+
+_USERINFO = re.compile(r"://[^/?#]*@")
+
+
+def public_uri(uri: str) -> str:
+    """`uri` without user information and query string; a plain path, where "?" is a letter, stays as it is.
+
+    https://me:word@host/a.safetensors?X-Amz-Signature=5f3 -> https://host/a.safetensors
+    """
+    if "://" not in uri:
+        return uri
+    return _USERINFO.sub("://", uri).partition("?")[0]
