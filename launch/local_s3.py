@@ -81,7 +81,7 @@ class S3Server:
 
 @contextmanager
 def s3_server(*, anonymous: bool = False) -> Iterator[S3Server]:
-    """Start an S3 server on free ports, in a directory of its own; `anonymous` lets anyone read, without credentials."""
+    """Start an S3 server on free ports in a directory of its own; `anonymous` lets anyone read without credentials."""
     key, secret = "loader-key", secrets.token_hex(16)
     for attempt in range(3):
         try:
