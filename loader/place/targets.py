@@ -1,0 +1,115 @@
+"""What a rank must fill: the local tensors of a module or a state dict, and the boxes of the FQN that each holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
+
+from loader.errors import BuilderError
+from loader.place.boxes import shard_boxes
+from loader.plan.geometry import Box, whole
+
+_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
+"""What torch.compile and activation checkpointing put into a name; a state dict's FQNs leave it out."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Target:
+    """One tensor to fill. `names` are all its FQNs (tied parameters have several), in module order.
+
+    `tensor` is the local tensor to write to: plain, detached, sharing the parameter's storage. `shape` is the global
+    one. `boxes` are the regions held, each with its offsets in `tensor`; none where this rank holds nothing.
+    """
+
+    names: tuple[str, ...]
+    tensor: torch.Tensor
+    shape: tuple[int, ...]
+    boxes: tuple[tuple[Box, tuple[int, ...]], ...]
+
+    @property
+    def fqn(self) -> str:
+        return self.names[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+
+def targets_of(target: nn.Module | Mapping[str, torch.Tensor]) -> list[Target]:
+    """Every parameter and persistent buffer of a module, or every tensor of a flat state dict, in its order.
+
+    Tensors that share their memory are one target with all their names. A plain tensor is replicated: one box. Raises
+    BuilderError, naming the FQN, for what cannot be filled: on meta, Partial, expanded, lazy, sparse, or a subclass
+    with a layout of its own.
+    """
+    pairs = _tensors_of_module(target) if isinstance(target, nn.Module) else iter(target.items())
+    found: dict[object, tuple[list[str], torch.Tensor, torch.Tensor]] = {}
+    for fqn, tensor in pairs:
+        local = _local_tensor(fqn, tensor)
+        names, _, _ = found.setdefault(_memory(local), ([], tensor, local))
+        names.append(fqn)
+    return [
+        Target(tuple(names), local, tuple(tensor.shape), _boxes(names[0], tensor))
+        for names, tensor, local in found.values()
+    ]
+
+
+def clean_fqn(name: str) -> str:
+    """The FQN as `torch.distributed.checkpoint.state_dict` names it: without the names of wrapping modules."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _tensors_of_module(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(module, DistributedDataParallel):
+        module = module.module
+    for prefix, owner in module.named_modules(remove_duplicate=False):
+        persistent = {k: v for k, v in owner._buffers.items() if k not in owner._non_persistent_buffers_set}  # noqa: SLF001
+        for name, tensor in {**owner._parameters, **persistent}.items():  # noqa: SLF001
+            if tensor is not None:
+                yield clean_fqn(f"{prefix}.{name}" if prefix else name), tensor
+
+
+def _local_tensor(fqn: str, tensor: torch.Tensor) -> torch.Tensor:
+    if not isinstance(tensor, torch.Tensor):
+        raise BuilderError(f"{fqn}: expected a tensor, found {type(tensor).__name__}; a state dict to load is flat")
+    if is_lazy(tensor):
+        raise BuilderError(f"{fqn} has no shape yet: run a lazy module once, or give it its sizes, before loading")
+    with torch.no_grad():  # else `to_local` records a graph, and hands out a copy of the view
+        local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+    if local.is_meta:
+        raise BuilderError(f"{fqn} is on the meta device: give it memory first, as with `model.to_empty(device=...)`")
+    if (
+        type(local).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+        or local.layout is not torch.strided
+        or local.is_quantized
+    ):
+        kind = f"{type(local).__name__} with layout {local.layout}"
+        raise BuilderError(f"{fqn}: a {kind} cannot be filled; load first, then convert the module")
+    if any(stride == 0 and size > 1 for stride, size in zip(local.stride(), local.shape, strict=True)):
+        raise BuilderError(f"{fqn} is an expanded view whose elements share memory: make it `.contiguous()`")
+    return local
+
+
+def _boxes(fqn: str, tensor: torch.Tensor) -> tuple[tuple[Box, tuple[int, ...]], ...]:
+    if not isinstance(tensor, DTensor):
+        return ((whole(tensor.shape), (0,) * tensor.ndim),) if tensor.numel() else ()
+    mesh = tensor.device_mesh
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        return ()
+    try:
+        return tuple(shard_boxes(tensor.shape, mesh.shape, coordinate, tensor.placements))
+    except BuilderError as error:
+        raise BuilderError(f"{fqn}: {error.message}") from error
+
+
+def _memory(local: torch.Tensor) -> object:
+    """What two tensors have in common exactly when they are tied, on every rank: empty shards have storages too."""
+    storage = local.untyped_storage()._cdata  # noqa: SLF001 - the storage's identity; an empty one has no address
+    return storage, local.storage_offset(), local.shape, local.stride(), local.dtype

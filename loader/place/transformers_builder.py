@@ -1,0 +1,207 @@
+"""The model that a checkpoint's own `config.json` names, on meta, with its own TP and FSDP plans applied to our mesh.
+
+transformers' public way to shard (DistributedConfig) names its mesh dims itself and reads the checkpoint itself; this
+goes through the interfaces beneath it, which are private and move: pyproject.toml pins the minor.
+"""
+# ruff: noqa: SLF001
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
+from transformers.distributed.fsdp import apply_fully_sharded_data_parallelism
+from transformers.distributed.tensor_parallel import apply_tensor_parallelism
+from transformers.utils import ContextManagers
+
+from loader.errors import BuilderError, ConfigError, LoaderError
+from loader.place.user_code import told
+
+_DP = ("dp_replicate", "dp_shard")
+_OWN_BUILDER = 'set model.builder to a "package.module:function" of yours'
+
+
+def build(
+    hf_config: Mapping[str, Any] | PreTrainedConfig, mesh: DeviceMesh | None, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """The model on the meta device: DTensors where `mesh` shards them, plain parameters elsewhere; ties kept.
+
+    `mesh` may have dp_replicate, dp_shard and tp, in this order; None is one rank. `dtype` None takes the config's, and
+    torch's default where that names none; what the class keeps in float32 stays so. Raises BuilderError where the
+    architecture is missing, unknown, remote code, or has no plan for TP; ConfigError for a mesh it cannot use.
+    """
+    sizes = _sizes(mesh)
+    cls = _model_class(hf_config)
+    try:
+        model: nn.Module = _build(cls, hf_config, mesh, sizes, dtype)
+    except LoaderError:
+        raise
+    except Exception as error:
+        raise BuilderError(f"transformers could not build {cls.__name__}\n{told(error)}") from error
+    return model
+
+
+def ignorable(model: nn.Module) -> tuple[str, ...]:
+    """Regular expressions, for `re.search`, of checkpoint keys that the model's class declares it has no use for."""
+    patterns = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    buffers = [name for name, _ in model.named_buffers()]
+    # As transformers does for every model: once saved per layer, now rebuilt.
+    if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
+        patterns.add(r"rotary_emb\.inv_freq")
+    if any(name.endswith("position_ids") for name in buffers):
+        patterns.add(r"(^|\.)position_ids$")
+    return tuple(sorted(patterns))
+
+
+def _sizes(mesh: DeviceMesh | None) -> dict[str, int]:
+    given = dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)) if mesh is not None else {}
+    others = [f"{name}: {size}" for name, size in given.items() if name not in (*_DP, "tp") and size > 1]
+    if others:
+        raise ConfigError(
+            f"mesh: model.builder transformers takes dp_replicate, dp_shard and tp, not {', '.join(others)}; "
+            f"{_OWN_BUILDER}"
+        )
+    used = [name for name in given if name in (*_DP, "tp")]
+    if used != (ordered := [name for name in (*_DP, "tp") if name in given]):
+        raise ConfigError(f"mesh: FSDP goes over TP, so write the dims in this order: {', '.join(ordered)}")
+    return {name: given.get(name, 1) for name in (*_DP, "tp")}
+
+
+def _model_class(hf_config: Mapping[str, Any] | PreTrainedConfig) -> type[PreTrainedModel]:
+    fields = hf_config.to_dict() if isinstance(hf_config, PreTrainedConfig) else hf_config
+    names = fields.get("architectures") or []
+    if not names:
+        raise BuilderError(
+            f'config.json names no class under `architectures`: add it (as ["LlamaForCausalLM"]), or {_OWN_BUILDER}'
+        )
+    cls = getattr(transformers, names[0], None)
+    if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
+        return cls
+    if fields.get("auto_map"):
+        raise BuilderError(
+            f"config.json names {names[0]}, whose code is in the checkpoint (`auto_map`): code from a bucket is not "
+            f"run; install it as a package and {_OWN_BUILDER}"
+        )
+    close = difflib.get_close_matches(names[0], dir(transformers), n=3)
+    hint = f" (it has {', '.join(close)})" if close else ""
+    raise BuilderError(
+        f"config.json names {names[0]}, which transformers {transformers.__version__} does not have{hint}; "
+        f"correct `architectures`, or {_OWN_BUILDER}"
+    )
+
+
+def _build(
+    cls: type[PreTrainedModel],
+    hf_config: Mapping[str, Any] | PreTrainedConfig,
+    mesh: DeviceMesh | None,
+    sizes: Mapping[str, int],
+    dtype: torch.dtype | None,
+) -> PreTrainedModel:
+    is_config = isinstance(hf_config, PreTrainedConfig)
+    config = copy.deepcopy(hf_config) if is_config else cls.config_class.from_dict(dict(hf_config))
+    model = _on_meta(cls, config, dtype)
+    if mesh is not None and max(sizes.values()) > 1:
+        _parallelise(model, _with_shard_dim(mesh, sizes), sizes)
+    else:
+        model.tie_weights(recompute_mapping=False)
+    return model
+
+
+def _on_meta(cls: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype | None) -> PreTrainedModel:
+    """As `from_pretrained` builds it, in its own contexts: meta, untied (else `lm_head.weight` has no TP plan)."""
+    dtype = dtype or config.dtype or torch.get_default_dtype()
+    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        if part is not None:
+            part.dtype = dtype
+    with ContextManagers(cls.get_init_context(dtype, False, False, None)):
+        model = cls(config)
+    if plan := model._get_dtype_plan(dtype):
+        kept, globs, _ = build_glob_alternation(list(plan))
+        for name, param in model.named_parameters():
+            if match := kept.search(name):
+                param.data = param.data.to(plan[globs[match.lastgroup]])
+    return model
+
+
+def _with_shard_dim(mesh: DeviceMesh, sizes: Mapping[str, int]) -> DeviceMesh:
+    """The mesh itself; with a dp_shard of 1 beside a dp_replicate that stands alone, for FSDP2 replicates only so."""
+    names = mesh.mesh_dim_names or ()
+    if sizes["dp_replicate"] == 1 or "dp_shard" in names:
+        return mesh
+    at = names.index("dp_replicate") + 1
+    return DeviceMesh(mesh.device_type, mesh.mesh.unsqueeze(at), mesh_dim_names=(*names[:at], "dp_shard", *names[at:]))
+
+
+def _parallelise(model: PreTrainedModel, mesh: DeviceMesh, sizes: Mapping[str, int]) -> None:
+    """TP, then ties, then FSDP: a tie must join what TP has placed, and FSDP must see it to hold both names as one."""
+    if sizes["tp"] > 1:
+        if not model.tp_plan:
+            raise BuilderError(f"{type(model).__name__} has no plan for tensor parallelism: leave tp at 1")
+        apply_tensor_parallelism(model, mesh["tp"], model._expand_parallel_plan(dict(model.tp_plan)))
+    _check_ties(model)
+    model.tie_weights(recompute_mapping=False)
+    dp = tuple(name for name in _DP if sizes[name] > 1 or (name == "dp_shard" and sizes["dp_replicate"] > 1))
+    if dp:
+        apply_fully_sharded_data_parallelism(model, _Mesh(mesh[dp]), _fsdp_plan(model), {})
+
+
+class _Mesh:
+    """All that transformers asks of its own mesh manager here: the mesh for FSDP."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        self._mesh = mesh
+
+    def get_mesh(self, _names: str) -> DeviceMesh:
+        return self._mesh
+
+
+def _check_ties(model: PreTrainedModel) -> None:
+    for target, source in model.all_tied_weights_keys.items():
+        ours, theirs = (_placements(model.get_parameter_or_buffer(name)) for name in (target, source))
+        if ours != theirs:
+            raise BuilderError(
+                f"{target} is tied to {source}, but the model's TP plan places them differently ({ours} and {theirs}): "
+                f"leave tp at 1, or {_OWN_BUILDER}"
+            )
+
+
+def _placements(tensor: torch.Tensor) -> Any:
+    return tensor.placements if isinstance(tensor, DTensor) else None
+
+
+def _fsdp_plan(model: PreTrainedModel) -> dict[str, str]:
+    """Which modules are FSDP groups of their own, innermost first; the root takes the rest.
+
+    transformers makes the embedding a group and leaves a head that is tied to it to the root, which unties them. Here
+    no group has some of a tied parameter's names without the others: such a parameter goes to the group around.
+    """
+    plan = dict(model.fsdp_plan)
+    if dtypes := model._get_dtype_plan(model.config.dtype):  # one FSDP group has one dtype
+        kept, _, _ = build_glob_alternation(list(dtypes))
+        owners = {name.rpartition(".")[0] for name, _ in model.named_parameters() if kept.search(name)}
+        plan = dict.fromkeys(owners, "free_full_weight") | plan
+    expanded = model._expand_parallel_plan(plan)
+    ties = _ties(model.named_parameters(remove_duplicate=False))
+    whole = {name: style for name, style in expanded.items() if not any(_cuts(name, tie) for tie in ties)}
+    return dict(sorted(whole.items(), key=lambda item: item[0].count("."), reverse=True))
+
+
+def _ties(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[list[str]]:
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in parameters:
+        names.setdefault(parameter, []).append(name)
+    return [tie for tie in names.values() if len(tie) > 1]
+
+
+def _cuts(module: str, tie: list[str]) -> bool:
+    inside = [name.startswith(f"{module}.") for name in tie]
+    return any(inside) and not all(inside)
