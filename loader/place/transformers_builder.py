@@ -35,7 +35,7 @@ def build(
 ) -> nn.Module:
     """The model on the meta device: DTensors where `mesh` shards them, plain parameters elsewhere; ties kept.
 
-    `mesh` may have dp_replicate, dp_shard and tp, in this order; None is one rank. `dtype` None takes the config's, and
+    `mesh` may have dp_replicate, dp_shard and tp, the first before the second; None is one rank. `dtype` None takes the config's, and
     torch's default where that names none; what the class keeps in float32 stays so. Raises BuilderError where the
     architecture is missing, unknown, remote code, or has no plan for TP; ConfigError for a mesh it cannot use.
     """
@@ -70,9 +70,8 @@ def _sizes(mesh: DeviceMesh | None) -> dict[str, int]:
             f"mesh: model.builder transformers takes dp_replicate, dp_shard and tp, not {', '.join(others)}; "
             f"{_OWN_BUILDER}"
         )
-    used = [name for name in given if name in (*_DP, "tp")]
-    if used != (ordered := [name for name in (*_DP, "tp") if name in given]):
-        raise ConfigError(f"mesh: FSDP goes over TP, so write the dims in this order: {', '.join(ordered)}")
+    if [name for name in given if name in _DP] == ["dp_shard", "dp_replicate"] and given["dp_replicate"] > 1:
+        raise ConfigError("mesh: FSDP2 shards within its replicas, so write dp_replicate before dp_shard")
     return {name: given.get(name, 1) for name in (*_DP, "tp")}
 
 

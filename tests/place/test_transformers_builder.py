@@ -28,6 +28,7 @@ MESHES = {
     "replicas and tp": {"dp_replicate": 2, "tp": 2},
     "tp": {"tp": 4},
     "fsdp and tp": {"dp_shard": 2, "tp": 2},
+    "tp and fsdp": {"tp": 2, "dp_shard": 2},
 }
 TOKENS = torch.arange(12).view(2, 6) * 7
 
@@ -197,6 +198,12 @@ def mesh_error(dims):
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("dims", "message"), [({"pp": 2}, "not pp: 2"), ({"tp": 2, "dp_shard": 1}, "dp_shard, tp")])
+@pytest.mark.parametrize(
+    ("dims", "message"),
+    [
+        ({"pp": 2}, "takes dp_replicate, dp_shard and tp, not pp: 2"),
+        ({"dp_shard": 1, "dp_replicate": 2}, "write dp_replicate before dp_shard"),
+    ],
+)
 def test_a_mesh_it_does_not_take(dims, message):
     assert all(message in said for said in run_ranks(2, mesh_error, dims))
