@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from loader.errors import BuilderError
 from loader.place.targets import clean_fqn
@@ -73,6 +72,8 @@ def _fill_buffers(module: nn.Module, device: torch.device, wanting: set[str]) ->
         except Exception as error:
             raise BuilderError(f"{type(module).__name__}.init_buffers({device}) failed\n{told(error)}") from error
         return
+    from transformers import PreTrainedModel
+
     models = [owner for owner in module.modules() if isinstance(owner, PreTrainedModel)]
     if not models:
         raise BuilderError(

@@ -35,9 +35,9 @@ def build(
 ) -> nn.Module:
     """The model on the meta device: DTensors where `mesh` shards them, plain parameters elsewhere; ties kept.
 
-    `mesh` may have dp_replicate, dp_shard and tp, the first before the second; None is one rank. `dtype` None takes the config's, and
-    torch's default where that names none; what the class keeps in float32 stays so. Raises BuilderError where the
-    architecture is missing, unknown, remote code, or has no plan for TP; ConfigError for a mesh it cannot use.
+    `mesh` may have dp_replicate, dp_shard and tp, the first before the second; None is one rank. `dtype` None takes the
+    config's, and torch's default where that names none; what the class keeps in float32 stays so. Raises BuilderError
+    where the architecture is missing, unknown, remote code, or has no plan for TP; ConfigError for a mesh it cannot use.
     """
     sizes = _sizes(mesh)
     cls = _model_class(hf_config)
