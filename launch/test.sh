@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Install what is needed into .venv, then run every check and every test. Arguments go to pytest: launch/test.sh -k plan
+set -eu -o pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. launch/venv.sh
+
+failed=()
+step() {
+    echo "== $*"
+    "$@" || failed+=("$*")
+}
+
+install || { echo "FAILED: installing into .venv" >&2; exit 1; }
+export PATH=$PWD/.venv/bin:$PATH
+step ruff check .
+step ruff format --check .
+step mypy
+step lint-imports
+step launch/quickstart.sh
+# A file's tests stay together, for they share servers; more workers than that only compete for ports and memory.
+step pytest -n auto --maxprocesses 8 --dist loadfile "$@"
+
+if ((${#failed[@]})); then
+    printf 'FAILED: %s\n' "${failed[@]}" >&2
+    exit 1
+fi
