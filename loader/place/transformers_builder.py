@@ -37,7 +37,7 @@ def build(
 
     `mesh` may have dp_replicate, dp_shard and tp, the first before the second; None is one rank. `dtype` None takes the
     config's, and torch's default where that names none; what the class keeps in float32 stays so. Raises BuilderError
-    where the architecture is missing, unknown, remote code, or has no plan for TP; ConfigError for a mesh it cannot use.
+    where the architecture is missing, unknown, remote code, or without a TP plan; ConfigError for a mesh it cannot use.
     """
     sizes = _sizes(mesh)
     cls = _model_class(hf_config)
