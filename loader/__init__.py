@@ -1,0 +1,29 @@
+"""From a Hugging Face checkpoint in a bucket to every rank's own shards.
+
+loader.load(model, "s3://models/llama-3-8b")     fill a model inside an existing process group
+torchrun -m loader.init_from_hf --config …       the same as the init step of a job
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loader import errors
+    from loader.library import load
+    from loader.report import Report
+
+__all__ = ["Report", "errors", "load"]
+
+_HOMES = {"load": "loader.library", "Report": "loader.report"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: whoever wants one room need not wait for all."""
+    import importlib
+
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name == "errors":
+        return importlib.import_module("loader.errors")
+    raise AttributeError(f"module 'loader' has no attribute {name!r}")

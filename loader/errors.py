@@ -99,5 +99,6 @@ def from_wire(data: bytes) -> LoaderError:
     """Decode what `to_wire` made, as the same class."""
     fields = json.loads(data)
     cls = globals().get(fields["class"])
-    assert isinstance(cls, type) and issubclass(cls, LoaderError), fields["class"]
+    assert isinstance(cls, type), fields["class"]
+    assert issubclass(cls, LoaderError), fields["class"]
     return cls(fields["message"], rank=fields["rank"])

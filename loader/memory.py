@@ -30,15 +30,15 @@ class PeakMemory:
     """
 
     def __init__(self, landed: Callable[[], int] = lambda: 0, interval: float = 0.005) -> None:
-        self._landed = landed
+        self.landed = landed
         self._interval = interval
         self._peak: int | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="peak-memory", daemon=True)
 
     def start(self) -> None:
-        """Take the baseline and sample from now on. Only once."""
-        if sys.platform == "linux":
+        """Take the baseline and sample from now on. The first call counts."""
+        if sys.platform == "linux" and self._peak is None:
             self._status = os.open("/proc/self/status", os.O_RDONLY)
             self._baseline = self._anonymous()
             self._peak = 0
@@ -65,7 +65,7 @@ class PeakMemory:
         last = False
         while not last:
             last = self._stop.wait(self._interval)
-            landed = self._landed()
+            landed = self.landed()
             self._peak = max(self._peak or 0, self._anonymous() - self._baseline - landed)
 
     def _anonymous(self) -> int:

@@ -117,7 +117,7 @@ class Report(_Part):
                 _replace(Path(inner), self.to_json())
             else:
                 fs.pipe_file(inner, self.to_json().encode())
-        except (OSError, ValueError, ImportError) as error:
+        except Exception as error:
             raise SinkError(f"{public_uri(path)}: cannot write the report: {type(error).__name__}: {error}") from error
 
     def table(self) -> str:

@@ -1,0 +1,1 @@
+"""From checkpoint keys to a trainer's FQNs, box by box."""

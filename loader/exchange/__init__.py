@@ -1,0 +1,1 @@
+"""Between ranks: agreeing on errors and results, and moving boxes."""

@@ -1,0 +1,39 @@
+"""The command's own process group, and where each rank puts its shards."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # the stubs hide it
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """The default group, as torchrun's environment describes it; without torchrun, a group of this process alone.
+
+    NCCL with gloo beside it on CUDA, gloo on CPU. It is taken down at the end of a load that went well: after an error
+    the process ends, and nothing may wait.
+    """
+    os.environ.setdefault(
+        "TORCH_GLOO_LAZY_INIT", "1"
+    )  # connect pairs that talk; a mesh of thousands is out of question
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def own_device(wanted: str) -> torch.device:
+    """`auto` is this rank's CUDA device where there is one, else the CPU."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,94 @@
+"""What a rank must receive: boxes of keys, grouped by pattern so that 90,000 keys stay a few kilobytes.
+
+Ranks with equal needs are one *class*: they are planned once, whatever their meshes say.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from loader.plan.geometry import Box, disjoint
+
+Ints = npt.NDArray[np.int64]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NeedGroup:
+    """Keys of one shape that need the same boxes. `keys` are positions in the catalog, ascending."""
+
+    keys: Ints
+    boxes: tuple[Box, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Disjoint boxes of keys; each key stands in one group at most."""
+
+    groups: tuple[NeedGroup, ...]
+
+    @property
+    def digest(self) -> bytes:
+        """Equal for equal needs: what ranks compare instead of the needs themselves."""
+        sha = hashlib.sha256()
+        for group in self.groups:
+            sha.update(repr(group.boxes).encode())
+            sha.update(group.keys.tobytes())
+        return sha.digest()
+
+    def on(self, keys: Ints) -> Iterator[tuple[int, tuple[Box, ...]]]:
+        """The boxes needed of those of `keys` (ascending) that are needed at all, in no particular order."""
+        for group in self.groups:
+            for key in np.intersect1d(group.keys, keys, assume_unique=True):
+                yield int(key), group.boxes
+
+
+def collect_needs(boxes: Iterable[tuple[int, Box]], shapes: Sequence[Shape]) -> Needs:
+    """Group `(key, box)` pairs; empty boxes vanish, what overlaps is needed once.
+
+    `shapes[key]` is the key's shape: keys of different shapes never share a group, so that a group is one pattern.
+    """
+    by_key: dict[int, list[Box]] = {}
+    for key, box in boxes:
+        if box.numel:
+            by_key.setdefault(key, []).append(box)
+    patterns: dict[tuple[Shape, tuple[Box, ...]], list[int]] = {}
+    for key in sorted(by_key):
+        found = by_key[key]
+        unique = tuple(sorted(disjoint(found))) if len(found) > 1 else tuple(found)
+        patterns.setdefault((shapes[key], unique), []).append(key)
+    return Needs(tuple(NeedGroup(np.array(keys, np.int64), boxes) for (_, boxes), keys in patterns.items()))
+
+
+@dataclass(frozen=True, slots=True)
+class Classes:
+    """The distinct needs of the ranks that share reads, and which rank has which.
+
+    `ranks` are the global ranks of the sharing domain; `class_of[i]` is the class of `ranks[i]`.
+    """
+
+    needs: tuple[Needs, ...]
+    ranks: Ints
+    class_of: Ints
+
+    @classmethod
+    def of(cls, digests: Mapping[int, bytes], needs: Mapping[bytes, Needs]) -> Classes:
+        """From each rank's digest and the needs behind each digest."""
+        numbers = {digest: number for number, digest in enumerate(dict.fromkeys(digests.values()))}
+        return cls(
+            tuple(needs[digest] for digest in numbers),
+            np.array(list(digests), np.int64),
+            np.array([numbers[digest] for digest in digests.values()], np.int64),
+        )
+
+    def members(self, number: int) -> Ints:
+        """Global ranks of class `number`, ascending."""
+        return np.sort(self.ranks[self.class_of == number])
+
+    def number_of(self, rank: int) -> int:
+        return int(self.class_of[np.flatnonzero(self.ranks == rank)[0]])

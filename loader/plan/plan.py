@@ -1,0 +1,48 @@
+"""The plan: who reads which extent in which round. A pure function of catalog, needs and limits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loader.plan.catalog import Entry
+from loader.plan.extents import Limits, cut_extents
+from loader.plan.needs import Classes, Ints
+from loader.plan.readers import assign_readers
+from loader.plan.rounds import pack_rounds
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Extents in file order, as columns: bytes `[start, stop)` of `file`, read by rank `reader` in `round`.
+
+    With `classes` this is all that a rank needs to know: what it reads, to whom it sends and from whom it receives
+    follow from it (see `schedule`).
+    """
+
+    classes: Classes
+    file: Ints
+    start: Ints
+    stop: Ints
+    reader: Ints
+    round: Ints
+    needed_bytes: int
+
+    @property
+    def rounds(self) -> int:
+        return int(self.round.max()) + 1 if len(self.round) else 0
+
+    @property
+    def read_bytes(self) -> int:
+        return int((self.stop - self.start).sum())
+
+
+def make_plan(entries: Sequence[Entry], classes: Classes, limits: Limits) -> Plan:
+    """Plan one sharing domain: the ranks in `classes` read each needed byte once between them.
+
+    `entries` are the catalog's, in its order. Raises MemoryBudgetError.
+    """
+    cuts = cut_extents(entries, classes, limits.range_bytes)
+    readers = assign_readers(cuts, classes)
+    rounds = pack_rounds(cuts, readers, classes, limits.round_bytes)
+    return Plan(classes, cuts.file, cuts.start, cuts.stop, readers, rounds, cuts.needed_bytes)

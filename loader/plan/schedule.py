@@ -1,0 +1,207 @@
+"""One rank's part of the plan, round by round: what it reads, sends and receives, piece by piece.
+
+Both ends of a message derive it from the plan, in the same order, so nothing but the bytes travels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from loader.plan.catalog import Entry
+from loader.plan.geometry import Box, boxes_of_range, flat_span, is_contiguous
+from loader.plan.needs import Ints, Needs
+from loader.plan.plan import Plan
+
+
+class Piece(NamedTuple):
+    """A box of a key inside an extent. It stands in `frame`, a contiguous box of the key whose bytes begin at `at`,
+    counted from the extent's first byte."""
+
+    key: int
+    box: Box
+    frame: Box
+    at: int
+
+
+class Message(NamedTuple):
+    """Pieces of one extent for one class of ranks, row-major each, one after another: `size` bytes.
+
+    `begin` is where the bytes stand in the extent when they are one contiguous run of it, else None: then the reader
+    packs them.
+    """
+
+    pieces: tuple[Piece, ...]
+    size: int
+    begin: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """An extent that this rank reads; `own` is what it keeps of it, `sends` go to other ranks."""
+
+    extent: int
+    file: int
+    start: int
+    stop: int
+    own: Message
+    sends: tuple[tuple[Message, tuple[int, ...]], ...]
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+
+class Receive(NamedTuple):
+    """A message that rank `sender` sends to this one."""
+
+    extent: int
+    sender: int
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What one rank does in one round, each list in extent order."""
+
+    number: int
+    reads: list[Read] = field(default_factory=list)
+    receives: list[Receive] = field(default_factory=list)
+
+
+class Schedule:
+    """The rounds of `rank`. Rounds are made one at a time: their pieces need not exist all at once."""
+
+    def __init__(self, plan: Plan, entries: Sequence[Entry], rank: int) -> None:
+        self.plan = plan
+        self.entries = entries
+        self.rank = rank
+        self._home = plan.classes.number_of(rank)
+        self._others = {
+            number: tuple(r for r in plan.classes.members(number).tolist() if r != rank)
+            for number in range(len(plan.classes.needs))
+        }
+        self._by_place = _KeysByPlace(entries)
+        self._reads = np.flatnonzero(plan.reader == rank)
+        self._consumed = self._extents_of(plan.classes.needs[self._home])
+        self._needs_here = [
+            _needs_by_key(needs, self._by_place.keys_in(plan, self._reads)) for needs in plan.classes.needs
+        ]
+        self._own_needs = _needs_by_key(plan.classes.needs[self._home], None)
+
+    @property
+    def rounds(self) -> int:
+        return self.plan.rounds
+
+    @property
+    def read_bytes(self) -> int:
+        return int((self.plan.stop - self.plan.start)[self._reads].sum())
+
+    def round(self, number: int) -> Round:
+        plan = self.plan
+        result = Round(number)
+        for extent in self._reads[plan.round[self._reads] == number].tolist():
+            result.reads.append(self._read(extent))
+        for extent in self._consumed[plan.round[self._consumed] == number].tolist():
+            sender = int(plan.reader[extent])
+            if sender != self.rank and (message := self._message(extent, self._own_needs)).pieces:
+                result.receives.append(Receive(extent, sender, message))
+        return result
+
+    def _read(self, extent: int) -> Read:
+        plan = self.plan
+        own = Message((), 0, None)
+        sends = []
+        for number, needs in enumerate(self._needs_here):
+            message = self._message(extent, needs)
+            if number == self._home:
+                own = message
+            if message.pieces and self._others[number]:
+                sends.append((message, self._others[number]))
+        return Read(extent, int(plan.file[extent]), int(plan.start[extent]), int(plan.stop[extent]), own, tuple(sends))
+
+    def _message(self, extent: int, needs: dict[int, tuple[Box, ...]]) -> Message:
+        pieces: list[Piece] = []
+        size, begin, end, whole = 0, 0, 0, True
+        for key, frame, at in self._frames(extent, needs):
+            entry = self.entries[key]
+            item = entry.dtype.itemsize
+            for need in needs[key]:
+                box = need.intersect(frame)
+                if box is None:
+                    continue
+                inside = Box(tuple(o - f for o, f in zip(box.offsets, frame.offsets, strict=True)), box.sizes)
+                first = at + flat_span(frame.sizes, inside)[0] * item
+                begin = first if not pieces else begin
+                whole = whole and is_contiguous(frame.sizes, inside) and (not pieces or first == end)
+                end = first + box.numel * item
+                pieces.append(Piece(key, box, frame, at))
+                size += box.numel * item
+        return Message(tuple(pieces), size, begin if pieces and whole else None)
+
+    def _frames(self, extent: int, needs: dict[int, tuple[Box, ...]]) -> Iterator[tuple[int, Box, int]]:
+        """The contiguous boxes that `extent` holds of the keys in `needs`, with where their bytes begin in it."""
+        start, stop = int(self.plan.start[extent]), int(self.plan.stop[extent])
+        for key in self._by_place.within(int(self.plan.file[extent]), start, stop):
+            if key not in needs:
+                continue
+            entry = self.entries[key]
+            item = entry.dtype.itemsize
+            a, b = max(start, entry.start), min(stop, entry.stop)
+            at = a - start
+            for frame in boxes_of_range(entry.shape, (a - entry.start) // item, (b - entry.start) // item):
+                yield key, frame, at
+                at += frame.numel * item
+
+    def _extents_of(self, needs: Needs) -> Ints:
+        """The extents that `needs` touch, ascending. A superset: a column box spans rows it does not fill."""
+        place = _place(self.plan.file, self.plan.start)
+        found = []
+        for group in needs.groups:
+            entry = self.entries[int(group.keys[0])]
+            at = self._by_place.place[group.keys]
+            for box in group.boxes:
+                first, stop = (i * entry.dtype.itemsize for i in flat_span(entry.shape, box))
+                low = np.searchsorted(place, at + first, side="right") - 1
+                high = np.searchsorted(place, at + stop, side="left")
+                found += [np.arange(a, b) for a, b in set(zip(low.tolist(), high.tolist(), strict=True))]
+        return np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
+
+
+class _KeysByPlace:
+    """Finds keys by file and byte."""
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        file = np.array([e.file for e in entries], np.int64)
+        self.place = _place(file, np.array([e.start for e in entries], np.int64))
+        self.end = _place(file, np.array([e.stop for e in entries], np.int64))
+        self.order = np.lexsort((self.end, self.place))  # empty keys stand before the key that begins where they do
+        self._starts = self.place[self.order]
+        self._ends = self.end[self.order]
+
+    def within(self, file: int, start: int, stop: int) -> list[int]:
+        """Keys with bytes in `[start, stop)` of `file`, in file order."""
+        first = np.searchsorted(self._ends, _place(file, start), side="right")
+        last = np.searchsorted(self._starts, _place(file, stop), side="left")
+        return [int(key) for key in self.order[first:last]]
+
+    def keys_in(self, plan: Plan, extents: Ints) -> Ints:
+        """Keys that any of `extents` touches, ascending."""
+        keys: set[int] = set()
+        for extent in extents.tolist():
+            keys.update(self.within(int(plan.file[extent]), int(plan.start[extent]), int(plan.stop[extent])))
+        return np.array(sorted(keys), np.int64)
+
+
+def _place(file: Ints | int, byte: Ints | int) -> Ints:
+    """File and byte as one ascending number: files are far smaller than 2^44 bytes (16 TiB)."""
+    return np.asarray(file, np.int64) * (1 << 44) + np.asarray(byte, np.int64)
+
+
+def _needs_by_key(needs: Needs, keys: Ints | None) -> dict[int, tuple[Box, ...]]:
+    if keys is None:
+        return {int(key): group.boxes for group in needs.groups for key in group.keys}
+    return dict(needs.on(keys))

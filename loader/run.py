@@ -1,0 +1,79 @@
+"""The story: from a config to every rank's own shards, handed over."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from loader.build import Model, build_model, ignorable_keys
+from loader.config import Config, resolve_mesh
+from loader.errors import ConfigError, LoaderError
+from loader.exchange.control import Control
+from loader.job import Job
+from loader.place.mesh import make_mesh
+from loader.place.targets import targets_of
+from loader.place.user_code import resolve
+from loader.sinks import assets, checkpoint, directory, entrypoint
+from loader.uri import public_uri
+
+
+def run(config: Config, control: Control, device: torch.device) -> int:
+    """Build, load, report, hand over: every rank of the default process group calls it. Returns the exit code."""
+    with control.phase("start"):
+        if config.convert is not None:
+            raise ConfigError("convert: conversions are not there yet; null keeps HF names and layouts")
+        dims = resolve_mesh(config.mesh, control.world_size)
+        user_program = resolve(config.output.entrypoint) if config.output.entrypoint else None
+        mesh = make_mesh(dims, device.type)
+    with _output(config, control) as wanted:
+        if not wanted:
+            return 0
+        job = Job(config.source.uri, config.source.storage_options, config.read, control)
+        with control.phase("build"):
+            model = build_model(config, job, mesh, device)
+            ignore = [*config.source.ignore, *ignorable_keys(config, job, model)]
+        report = job.load(model, ignore=ignore, strip_prefix=config.source.strip_prefix, mesh=dims)
+        _save(config, job, model)
+    with control.phase("report"):
+        if control.rank == 0:
+            print(report.table(), flush=True)  # noqa: T201 - what the command is asked for
+            if config.report is not None:
+                report.write(config.report)
+    return entrypoint.call(user_program, model, mesh, report) if user_program else 0
+
+
+@contextmanager
+def _output(config: Config, control: Control) -> Iterator[bool]:
+    """The checkpoint's directory, made ready before anything is read, and emptied again if the run fails.
+
+    Yields whether there is anything to do: not where a complete checkpoint is there to be used.
+    """
+    url = config.output.checkpoint
+    if url is None:
+        yield True
+        return
+    with control.phase("output"):
+        made = directory.prepare(url, config.output.if_exists) if control.rank == 0 else True
+        wanted = control.broadcast("wanted", b"yes" if made else b"no") == b"yes"
+    if not wanted and control.rank == 0:
+        print(f"{public_uri(url)} holds a complete checkpoint: used as it is", flush=True)  # noqa: T201
+    try:
+        yield wanted
+    except LoaderError:
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # each node may have a local directory of its own
+            directory.discard(url)
+        raise
+
+
+def _save(config: Config, job: Job, model: Model) -> None:
+    url = config.output.checkpoint
+    if url is None:
+        return
+    with job.control.phase("save"):
+        checkpoint.save(targets_of(model), url)
+    with job.control.phase("assets"):
+        if job.control.rank == 0:
+            assets.copy(config.source.uri, config.source.storage_options, job.source.names, url)

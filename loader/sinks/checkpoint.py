@@ -1,0 +1,179 @@
+"""Filled tensors as a torch.distributed.checkpoint (DCP): flat FQNs, which `dcp.load` reads back in any world size."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from fsspec.implementations.local import LocalFileSystem
+from torch import Tensor
+from torch.distributed.checkpoint._fsspec_filesystem import FileSystem, FsspecWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from loader.errors import LostRankError, SinkError
+from loader.plan.geometry import Box, whole
+from loader.sinks import directory
+from loader.uri import public_uri
+
+PIECE_BYTES = 32 << 20
+"""A larger shard is written in pieces, for DCP copies what it writes unless it is a whole storage in host memory."""
+FILE_BYTES = 128 << 20
+"""A rank begins another file then, for DCP keeps those copies until the file is written."""
+PART_BYTES = 8 << 20
+"""What fsspec uploads at once. Of s3fs's own 50 MB, several were held: 480 MiB at the worst, where this takes 175."""
+
+
+class Filled(Protocol):
+    """What is saved, as `loader.place` makes it: the local `tensor` of a global one of `shape`, under each of `names`.
+
+    `boxes` are the regions held, each with its offsets in `tensor`; none where this rank holds nothing.
+    """
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    @property
+    def tensor(self) -> Tensor: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def boxes(self) -> Sequence[tuple[Box, tuple[int, ...]]]: ...
+
+
+def save(targets: Iterable[Filled], url: str, *, process_group: dist.ProcessGroup | None = None) -> None:
+    """Write `targets` of every rank of the group (default: all; without a group, this process) to the directory `url`.
+
+    Collective, after `directory.prepare` on one rank. What several ranks hold is written by one of them, a tied tensor
+    under each of its names. `.metadata` is written when all else is. No step may outlast the group's time-out, and
+    ranks wait for the slowest one's writes. Raises SinkError on every rank, naming the first rank that failed;
+    LostRankError where ranks lost each other. Then `directory.discard` is to be called.
+    """
+    alone = not dist.is_initialized()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as we ask for
+            dcp_save(
+                {}, storage_writer=_Writer(url), planner=_Planner(targets), process_group=process_group, no_dist=alone
+            )
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
+        reason = f"{type(cause).__name__}: {cause}".replace(url, public_uri(url))
+        raise SinkError(
+            f"{public_uri(url)}: rank {rank} could not write the checkpoint: {reason}", rank=rank
+        ) from cause
+    except RuntimeError as error:  # from DCP's collectives: what ranks do in between comes as CheckpointException
+        reason = f"{type(error).__name__}: {error}"
+        raise LostRankError(f"{public_uri(url)}: ranks lost each other writing the checkpoint: {reason}") from error
+    if alone or dist.get_rank(process_group) == 0:
+        directory.finish(url)
+
+
+class _Planner(DefaultSavePlanner):
+    """Plans pieces of boxes, where DCP takes a DTensor's shard for one box: under `_StridedShard` it can be several."""
+
+    def __init__(self, targets: Iterable[Filled]) -> None:
+        super().__init__()
+        self._targets = tuple(targets)
+        self._pieces: dict[MetadataIndex, Tensor] = {}
+
+    def create_local_plan(self) -> SavePlan:
+        items = []
+        for target in self._targets:
+            properties = TensorProperties.create_from_tensor(target.tensor)
+            for box, piece in _pieces(target):
+                chunk = ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes))
+                data = TensorWriteData(chunk, properties, torch.Size(target.shape))
+                for name in target.names:
+                    index = MetadataIndex(name, chunk.offsets)
+                    self._pieces[index] = piece
+                    items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
+        names = {name: (name,) for target in self._targets for name in target.names}
+        return SavePlan(items, planner_data=names)
+
+    def lookup_object(self, index: MetadataIndex) -> Tensor:
+        return self._pieces[index]
+
+
+def _pieces(target: Filled) -> Iterator[tuple[Box, Tensor]]:
+    """What this rank holds: boxes of at most PIECE_BYTES, with views of the local tensor. An empty tensor has one."""
+    if 0 in target.shape:
+        yield whole(target.shape), target.tensor.new_empty(target.shape)
+    for box, local_offsets in target.boxes:
+        origin = [offset - local for offset, local in zip(box.offsets, local_offsets, strict=True)]
+        for part in _cut(box, PIECE_BYTES // target.tensor.element_size()):
+            yield part, target.tensor[part.slices(origin)]
+
+
+def _cut(box: Box, most: int) -> Iterator[Box]:
+    """`box` in boxes of at most `most` elements, cut along the first dim, and deeper where one row is more.
+
+    Sizes (3, 4), most 8: rows 0-1, row 2. Most 2: columns 0-1 and 2-3 of each row.
+    """
+    if box.numel <= most:
+        yield box
+        return
+    dim = next(d for d, size in enumerate(box.sizes) if size > 1)
+    offset, size = box.offsets[dim], box.sizes[dim]
+    step = max(1, most * size // box.numel)
+    for start in range(0, size, step):
+        part = (offset + start, min(step, size - start))
+        offsets, sizes = ((*old[:dim], new, *old[dim + 1 :]) for old, new in zip(box, part, strict=True))
+        yield from _cut(Box(offsets, sizes), most)
+
+
+class _Files(FileSystem):
+    fs: Any
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        with self.fs.open(os.fspath(path), mode, block_size=PART_BYTES) as stream:
+            yield stream
+
+    def mkdir(self, path: str | os.PathLike[str]) -> None:
+        directory.make(self.fs, os.fspath(path))
+
+
+class _Writer(FsspecWriter):
+    """Writes files of about FILE_BYTES, and makes no buckets."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+        files = _Files()
+        self.path = files.init_path(url)
+        # Elsewhere DCP would `os.sync` the whole machine for want of a file descriptor.
+        self.sync_files = isinstance(files.fs, LocalFileSystem)
+        self.fs = files  # type: ignore[assignment]  # as FsspecWriter itself does
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        results: list[WriteResult] = []
+        for number, items in enumerate(_by_file(plan.items)):
+            prefix: Any = replace(plan.storage_data, prefix=f"{plan.storage_data.prefix}{number}_")
+            results += super().write_data(replace(plan, items=items, storage_data=prefix), planner).value()
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+
+def _by_file(items: Iterable[WriteItem]) -> Iterator[list[WriteItem]]:
+    file: list[WriteItem] = []
+    size = 0
+    for item in items:
+        size += item.tensor_storage_size() or 0
+        if file and size > FILE_BYTES:
+            yield file
+            file, size = [], item.tensor_storage_size() or 0
+        file.append(item)
+    if file:
+        yield file

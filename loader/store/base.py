@@ -1,0 +1,114 @@
+"""What a storage scheme provides, and the errors it speaks in.
+
+A scheme is one module in `loader.store.schemes`. It opens a directory (or one file) and answers three questions: which
+names are there, what is an object's size and pin, and what are the bytes of a range of exactly that version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from loader.errors import PinError
+
+T = TypeVar("T")
+
+
+class Stat(NamedTuple):
+    """An object's size in bytes, and its pin."""
+
+    size: int
+    pin: str
+
+
+class Scheme(Protocol):
+    """One place that objects are read from. Every method blocks, and may be called from any thread."""
+
+    def names(self) -> list[str] | None:
+        """Names of the files directly in the directory; None where the scheme cannot list."""
+
+    def stat(self, name: str) -> Stat:
+        """Size and pin of one file. Raises FileNotFoundError, PermissionError, or `Transient`."""
+
+    def read(self, name: str, pin: str, start: int, buffer: memoryview) -> None:
+        """Fill `buffer` with the bytes from `start` on, of the version that `pin` names.
+
+        Raises PinError when the object is another now, and `Transient` for whatever another try may mend.
+        """
+
+
+class Transient(Exception):  # noqa: N818 - it is a verdict on an error, told apart from errors that end the load
+    """Another try may mend it. `filled` bytes at the front of the buffer are right already.
+
+    `throttled` says that the server asked for fewer requests.
+    """
+
+    def __init__(self, message: str, *, filled: int = 0, throttled: bool = False) -> None:
+        super().__init__(message)
+        self.filled = filled
+        self.throttled = throttled
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How a scheme is opened: where, with which client options, and how patiently.
+
+    `timeout` is in seconds, for a connection, and between two arrivals of bytes; `concurrency` is how many ranges are
+    read at once.
+    """
+
+    uri: str
+    storage_options: dict[str, Any] = field(repr=False)
+    concurrency: int
+    timeout: float
+
+
+def check_reply(*, status: int, content_range: str | None, start: int, size: int) -> None:
+    """Check that a reply is the range `[start, start + size)`: 206 and a Content-Range of exactly that.
+
+    Raises Transient for anything else, so that no body is read which is not the range.
+    """
+    if status != 206:
+        told = "ignored the Range and sent the whole object" if status == 200 else f"answered with status {status}"
+        raise Transient(f"the server {told}")
+    unit, _, rest = (content_range or "").partition(" ")
+    if unit != "bytes" or rest.partition("/")[0] != f"{start}-{start + size - 1}":
+        raise Transient(f"expected Content-Range bytes {start}-{start + size - 1}, found {content_range!r}")
+
+
+class Filler:
+    """Copies arriving chunks into a buffer, never past its end."""
+
+    def __init__(self, buffer: memoryview) -> None:
+        self.buffer = buffer
+        self.filled = 0
+
+    def add(self, chunk: bytes) -> None:
+        stop = self.filled + len(chunk)
+        if stop > len(self.buffer):
+            raise Transient(f"the body is longer than the {len(self.buffer)} bytes asked for")
+        self.buffer[self.filled : stop] = chunk
+        self.filled = stop
+
+    def finish(self) -> None:
+        if self.filled < len(self.buffer):
+            raise Transient(f"the body ended {len(self.buffer) - self.filled} bytes early", filled=self.filled)
+
+
+def changed(name: str, pin: str, found: str) -> PinError:
+    """The error for an object that is not the one that was catalogued."""
+    return PinError(
+        f"{name}: changed while it was read: pinned {pin}, found {found}. "
+        "Nothing was mixed: start again, and keep a checkpoint's files unchanged under one URI"
+    )
+
+
+def run_on_loop(loop: Any, call: Callable[[], Awaitable[T]]) -> T:
+    """Run a coroutine on fsspec's event-loop thread and wait for it."""
+    import asyncio
+
+    async def awaited() -> T:
+        return await call()
+
+    return asyncio.run_coroutine_threadsafe(awaited(), loop).result()

@@ -1,0 +1,112 @@
+"""Ranges of HTTP replies, for the schemes that speak HTTP through aiohttp: `http(s)://` here, `gs://` in its module."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+import aiohttp
+from fsspec.core import url_to_fs
+
+from loader.store.base import Access, Filler, Scheme, Stat, Transient, changed, check_reply, run_on_loop
+
+SCHEMES = ("http", "https")
+
+
+def check_status(status: int, reason: str | None) -> None:
+    """Turn an unsuccessful status into the error that says what it means for a read."""
+    if status in (404, 410):
+        raise FileNotFoundError(f"status {status}")
+    if status in (401, 403):
+        raise PermissionError(f"status {status} {reason}")
+    if status == 412:
+        raise FileNotFoundError("another object (the precondition failed)")
+    if status >= 400:
+        raise Transient(f"status {status} {reason}", throttled=status in (429, 503))
+
+
+async def fill(reply: aiohttp.ClientResponse, start: int, filler: Filler) -> None:
+    """Check `reply`'s head, then copy its body."""
+    check_status(reply.status, reply.reason)
+    check_reply(
+        status=reply.status,
+        content_range=reply.headers.get("Content-Range"),
+        start=start,
+        size=len(filler.buffer),
+    )
+    async for chunk in reply.content.iter_any():
+        filler.add(chunk)
+    filler.finish()
+
+
+def call(loop: Any, coroutine: Any, filler: Filler | None = None) -> Any:
+    """Run on the event loop; what the network does to a connection is transient."""
+    try:
+        return run_on_loop(loop, coroutine)
+    except Transient as error:
+        error.filled = filler.filled if filler else 0
+        raise
+    except (TimeoutError, aiohttp.ClientError, ConnectionError) as error:
+        raise Transient(f"{type(error).__name__}: {error}", filled=filler.filled if filler else 0) from error
+
+
+def socket_timeout(seconds: float) -> aiohttp.ClientTimeout:
+    """No limit on the whole reply: a large range may take long. One on silence."""
+    return aiohttp.ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
+
+
+class WebScheme:
+    """A directory of a web server; it cannot be listed."""
+
+    def __init__(self, fs: Any, uri: str, timeout: float) -> None:
+        self.fs = fs
+        self.uri = uri
+        self.timeout = socket_timeout(timeout)
+
+    def names(self) -> None:
+        return None
+
+    def stat(self, name: str) -> Stat:
+        async def head() -> Stat:
+            async with self._request("HEAD", name, {}, await self.fs.set_session()) as reply:
+                check_status(reply.status, reply.reason)
+                return Stat(int(reply.headers["Content-Length"]), _pin(reply))
+
+        return call(self.fs.loop, head)  # type: ignore[no-any-return]
+
+    def read(self, name: str, pin: str, start: int, buffer: memoryview) -> None:
+        filler = Filler(buffer)
+        headers = {"Range": f"bytes={start}-{start + len(buffer) - 1}"}
+
+        async def get() -> None:
+            async with self._request("GET", name, headers, await self.fs.set_session()) as reply:
+                if reply.status < 400 and (found := _pin(reply)) != pin:
+                    raise changed(name, pin, found)
+                await fill(reply, start, filler)
+
+        try:
+            call(self.fs.loop, get, filler)
+        except FileNotFoundError as error:
+            raise changed(name, pin, "no such object") from error
+
+    def _request(self, method: str, name: str, headers: dict[str, str], session: Any) -> Any:
+        options = {k: v for k, v in self.fs.kwargs.items() if k != "headers"}
+        head = {**self.fs.kwargs.get("headers", {}), **headers, "Accept-Encoding": "identity"}
+        return session.request(method, self._url(name), headers=head, timeout=self.timeout, **options)
+
+    def _url(self, name: str) -> str:
+        """The file's URL; a query string (a signed directory) stays behind it."""
+        parts = urlsplit(self.uri)
+        return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
+
+
+def _pin(reply: aiohttp.ClientResponse) -> str:
+    found = reply.headers.get("ETag") or reply.headers.get("Last-Modified")
+    if not found:
+        raise PermissionError("the server sends neither ETag nor Last-Modified: its objects cannot be pinned")
+    return found
+
+
+def open_scheme(access: Access) -> Scheme:
+    fs, _ = url_to_fs(access.uri, **access.storage_options, skip_instance_cache=True)
+    return WebScheme(fs, access.uri, access.timeout)

@@ -1,0 +1,1 @@
+"""The pipeline: rounds through read, exchange and write, all at once."""

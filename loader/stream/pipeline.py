@@ -1,0 +1,219 @@
+"""Rounds through read, exchange and write, side by side.
+
+Reader threads fill buffers ahead; one thread (this module's `run`) owns the transport: it opens rounds in order, sends
+what was read and hands what arrived to the writer thread. A round's memory is one slot, used again only when everything
+in it was sent and written.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotYet
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from loader.exchange.control import Control
+from loader.exchange.transport import Transport, Work
+from loader.place.landing import Landings
+from loader.plan.catalog import Entry
+from loader.plan.geometry import Box
+from loader.plan.schedule import Message, Read, Round, Schedule
+from loader.stream.buffers import Slot, as_tensor
+
+LOOK = 0.2
+"""Seconds between looks at the job's error while waiting for a read."""
+
+
+@dataclass(slots=True)
+class Seconds:
+    """What the pipeline waited for (read, exchange) and was busy with (convert, write), in seconds."""
+
+    read: float = 0.0
+    exchange: float = 0.0
+    convert: float = 0.0
+    write: float = 0.0
+
+
+@dataclass(slots=True)
+class _Open:
+    """A round in flight."""
+
+    round: Round
+    reads: list[tuple[Read, Tensor, Future[None]]] = field(default_factory=list)
+    receives: list[tuple[Message, Tensor, Work]] = field(default_factory=list)
+    sends: list[Work] = field(default_factory=list)
+    writes: list[Future[None]] = field(default_factory=list)
+
+
+class Pipeline:
+    """One rank's rounds.
+
+    `read_range(file, start, memory)` fills a uint8 tensor with a file's bytes from `start` on. `transport` may be None
+    where the plan sends nothing. `concurrency` is how many ranges are read at once.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        entries: Sequence[Entry],
+        read_range: Callable[[int, int, Tensor], None],
+        landings: Landings,
+        control: Control,
+        transport: Transport | None,
+        *,
+        slots: int,
+        concurrency: int,
+    ) -> None:
+        self.seconds = Seconds()
+        self.exchanged_bytes = 0
+        self._schedule = schedule
+        self._entries = entries
+        self._read_range = read_range
+        self._landings = landings
+        self._control = control
+        self._transport = transport
+        self._slots = [Slot() for _ in range(slots)]
+        self._readers = ThreadPoolExecutor(concurrency, thread_name_prefix="loader-read")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="loader-write")
+
+    def run(self) -> None:
+        """Run every round. After an error anywhere, end with the round that all peers end with, and return."""
+        opened: list[_Open] = []
+        try:
+            for number in range(self._schedule.rounds):
+                ahead = min(self._schedule.rounds, number + len(self._slots))
+                while len(opened) < ahead and self._control.may_start(len(opened)):
+                    if len(opened) >= len(self._slots):
+                        self._finish(opened[len(opened) - len(self._slots)])
+                    opened.append(self._open(len(opened)))
+                if number == len(opened):
+                    break
+                self._exchange(opened[number])
+            for flight in opened[-len(self._slots) :]:
+                self._finish(flight)
+        finally:
+            self._readers.shutdown(wait=False, cancel_futures=True)
+            self._writer.shutdown(wait=False)
+
+    def _open(self, number: int) -> _Open:
+        """Lay out the round's memory, queue its reads, and post all its receives."""
+        flight = _Open(self._schedule.round(number))
+        todo = flight.round
+        packed = [message.size for read in todo.reads for message, _ in read.sends if message.begin is None]
+        sizes = [*packed, *(read.size for read in todo.reads), *(r.message.size for r in todo.receives)]
+        slot = self._slots[number % len(self._slots)]
+        slot.prepare(sum(sizes), len(sizes))
+        for read in todo.reads:
+            memory = slot.take(read.size, read.start)
+            future = self._readers.submit(self._read, read, memory)
+            flight.reads.append((read, memory, future))
+        for receive in todo.receives:
+            assert self._transport is not None, "a rank alone exchanges nothing"
+            memory = slot.take(receive.message.size)
+            work = self._transport.receive(memory, receive.sender)
+            flight.receives.append((receive.message, memory, work))
+        return flight
+
+    def _read(self, read: Read, memory: Tensor) -> None:
+        try:
+            if self._control.error is None:
+                self._read_range(read.file, read.start, memory)
+                self._control.done_bytes += read.size
+        except BaseException as error:
+            self._control.fail(error)
+            raise
+
+    def _exchange(self, flight: _Open) -> None:
+        """Send each extent as soon as it is there; then take what the others send."""
+        slot = self._slots[flight.round.number % len(self._slots)]
+        for read, memory, future in flight.reads:
+            arrived = self._await_read(future)
+            for message, ranks in read.sends:
+                payload = self._payload(message, memory, slot, arrived=arrived)
+                assert self._transport is not None, "a rank alone exchanges nothing"
+                flight.sends += [self._transport.send(payload, rank) for rank in ranks]
+                self.exchanged_bytes += message.size * len(ranks)
+            if arrived and read.own.pieces:
+                flight.writes.append(self._writer.submit(self._write_own, read.own, memory))
+        begun = time.monotonic()
+        for message, memory, work in flight.receives:
+            work.wait()
+            if self._control.error is None:
+                flight.writes.append(self._writer.submit(self._write_received, message, memory))
+        self.seconds.exchange += time.monotonic() - begun
+
+    def _finish(self, flight: _Open) -> None:
+        """Wait until nothing uses the round's memory any more."""
+        begun = time.monotonic()
+        for work in flight.sends:
+            work.wait()
+        self.seconds.exchange += time.monotonic() - begun
+        for write in flight.writes:
+            write.exception()  # a failed write has told the job already
+
+    def _await_read(self, future: Future[None]) -> bool:
+        """Whether the read's bytes are there; False once the job has failed."""
+        begun = time.monotonic()
+        try:
+            while self._control.error is None:
+                try:
+                    return future.exception(LOOK) is None
+                except NotYet:
+                    continue
+            return False
+        finally:
+            self.seconds.read += time.monotonic() - begun
+
+    def _payload(self, message: Message, memory: Tensor, slot: Slot, *, arrived: bool) -> Tensor:
+        """The message's bytes: a view of the extent where they are one run of it, else packed."""
+        if message.begin is not None:
+            return memory[message.begin : message.begin + message.size]
+        packed = slot.take(message.size)
+        at = 0
+        for piece in message.pieces if arrived else ():
+            values = self._in_frame(piece.key, piece.frame, piece.at, piece.box, memory)
+            size = values.numel() * values.element_size()
+            as_tensor(packed[at : at + size], values.dtype, tuple(values.shape)).copy_(values)
+            at += size
+        return packed
+
+    def _write_own(self, message: Message, memory: Tensor) -> None:
+        with self._writing():
+            for piece in message.pieces:
+                values = self._in_frame(piece.key, piece.frame, piece.at, piece.box, memory)
+                self._landings.land(piece.key, piece.box, values)
+
+    def _write_received(self, message: Message, memory: Tensor) -> None:
+        with self._writing():
+            at = 0
+            for piece in message.pieces:
+                dtype = self._entries[piece.key].dtype
+                size = piece.box.numel * dtype.itemsize
+                self._landings.land(piece.key, piece.box, as_tensor(memory[at : at + size], dtype, piece.box.sizes))
+                at += size
+
+    def _in_frame(self, key: int, frame: Box, at: int, box: Box, memory: Tensor) -> Tensor:
+        dtype = self._entries[key].dtype
+        size = frame.numel * dtype.itemsize
+        return as_tensor(memory[at : at + size], dtype, frame.sizes)[box.slices(frame.offsets)]
+
+    def _writing(self) -> _Writing:
+        return _Writing(self)
+
+
+class _Writing:
+    """Times a write, and makes its failure the job's."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
+
+    def __enter__(self) -> None:
+        self._begun = time.monotonic()
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        self._pipeline.seconds.write += time.monotonic() - self._begun
+        if error is not None:
+            self._pipeline._control.fail(error)  # noqa: SLF001

@@ -1,0 +1,94 @@
+"""From every rank's demand to the plan: gathered by digest, planned once for each sharing domain."""
+
+from __future__ import annotations
+
+import pickle
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from loader.exchange.control import Control
+from loader.plan.catalog import Catalog
+from loader.plan.extents import Limits, cut_extents
+from loader.plan.needs import Classes
+from loader.plan.plan import Plan, make_plan
+from loader.stream.demand import Demand, check_unused
+
+Share = Literal["world", "node", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """This rank's domain's plan, and what the whole job needs: each byte of a used key once."""
+
+    plan: Plan
+    needed_bytes: int
+
+
+def pack(value: Any) -> bytes:
+    """Encode for another rank of this job."""
+    return zlib.compress(pickle.dumps(value), level=1)
+
+
+def unpack(data: bytes) -> Any:
+    return pickle.loads(zlib.decompress(data))  # noqa: S301 - from a rank of this job, never from a checkpoint
+
+
+def agree_on_plan(
+    control: Control, demand: Demand, catalog: Catalog, *, share: Share, node: str, limits: Limits
+) -> Planned:
+    """Gather demands, prove that they cover the catalog, and plan. Every rank calls it.
+
+    Ranks tell their digests first: of equal demands only one is sent. Rank 0 proves coverage for all; the first rank of
+    each domain plans for its domain. Raises CoverageError, MemoryBudgetError.
+    """
+    entries = list(catalog.entries.values())
+    with control.phase("demand"):
+        control.put("digest", pack((demand.digest, node)))
+        told = b""
+        if control.rank == 0:
+            told = pack([unpack(data) for data in control.take("digest", range(control.world_size))])
+        ranks: list[tuple[bytes, str]] = unpack(control.broadcast("digests", told))
+    digests = [digest for digest, _ in ranks]
+    spokesman = {digest: digests.index(digest) for digest in dict.fromkeys(digests)}
+    domain = _domain(control.rank, [node for _, node in ranks], share)
+    control.peers = domain
+    with control.phase("plan"):
+        if spokesman[demand.digest] == control.rank:
+            control.put("demand", pack(demand))
+        plan = needed = b""
+        if control.rank == domain[0]:
+            demands = _distinct(control, domain, digests, spokesman)
+            if control.rank == 0 and share == "world":
+                check_unused((each.unused for each in demands.values()), list(catalog.entries))
+            made = make_plan(entries, _classes(domain, digests, demands), limits)
+            plan, needed = pack(made), pack(made.needed_bytes)
+        if control.rank == 0 and share != "world":
+            everyone = range(control.world_size)
+            demands = _distinct(control, everyone, digests, spokesman)
+            check_unused((each.unused for each in demands.values()), list(catalog.entries))
+            needed = pack(cut_extents(entries, _classes(everyone, digests, demands), limits.range_bytes).needed_bytes)
+        mine = control.broadcast(f"plan/{domain[0]}", plan, domain[0])
+        return Planned(unpack(mine), unpack(control.broadcast("needed", needed)))
+
+
+def _domain(rank: int, nodes: Sequence[str], share: Share) -> list[int]:
+    """The ranks that share what is read with `rank`, ascending."""
+    if share == "world":
+        return list(range(len(nodes)))
+    return [rank] if share == "none" else [r for r, node in enumerate(nodes) if node == nodes[rank]]
+
+
+def _distinct(
+    control: Control, ranks: Sequence[int], digests: Sequence[bytes], spokesman: dict[bytes, int]
+) -> dict[bytes, Demand]:
+    """The distinct demands of `ranks`, each from the first rank of the world that has it."""
+    distinct = list(dict.fromkeys(digests[rank] for rank in ranks))
+    sent = control.take("demand", [spokesman[digest] for digest in distinct])
+    return dict(zip(distinct, map(unpack, sent), strict=True))
+
+
+def _classes(ranks: Sequence[int], digests: Sequence[bytes], demands: dict[bytes, Demand]) -> Classes:
+    needs = {digest: demand.needs for digest, demand in demands.items()}
+    return Classes.of({rank: digests[rank] for rank in ranks}, needs)
