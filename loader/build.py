@@ -84,11 +84,13 @@ def _transformers(config: Config, job: Job, mesh: DeviceMesh) -> nn.Module:
 
 
 def _users(builder: str, config: Config, job: Job, mesh: DeviceMesh) -> nn.Module:
-    model = call_builder(resolve(builder), _hf_config(config, job), mesh)
+    from loader.place.transformers_builder import config_of
+
+    model = call_builder(resolve(builder), config_of(_hf_config(config, job)), mesh)
     return model.to(config.model.dtype) if config.model.dtype else model
 
 
-def _hf_config(config: Config, job: Job) -> Any:
+def _hf_config(config: Config, job: Job) -> dict[str, Any]:
     found = job.source.hf_config
     if found is None:
         raise CatalogError(

@@ -49,6 +49,19 @@ class Job:
         mesh: Mapping[str, int],
     ) -> reports.Report:
         """Fill `target`, and report on it, on every rank."""
+        try:
+            return self._load(target, ignore, strip_prefix, mesh)
+        finally:
+            self.memory.stop()
+            self.store.close()
+
+    def _load(
+        self,
+        target: nn.Module | Mapping[str, Tensor],
+        ignore: Sequence[str],
+        strip_prefix: str,
+        mesh: Mapping[str, int],
+    ) -> reports.Report:
         with self.control.phase("place"):
             names = visible_keys(self.source.catalog, ignore, strip_prefix)
             targets = targets_of(target)

@@ -17,6 +17,7 @@ from loader.place.mesh import make_mesh
 from loader.place.targets import targets_of
 from loader.place.user_code import resolve
 from loader.sinks import assets, checkpoint, directory, entrypoint
+from loader.store.store import split_uri
 from loader.uri import public_uri
 
 
@@ -72,8 +73,9 @@ def _save(config: Config, job: Job, model: Model) -> None:
     url = config.output.checkpoint
     if url is None:
         return
+    with job.control.phase("assets"):  # before the checkpoint is complete, so that complete means all of it
+        if job.control.rank == 0:
+            directory_uri, _ = split_uri(config.source.uri)
+            assets.copy(directory_uri, config.source.storage_options, job.source.names, url)
     with job.control.phase("save"):
         checkpoint.save(targets_of(model), url)
-    with job.control.phase("assets"):
-        if job.control.rank == 0:
-            assets.copy(config.source.uri, config.source.storage_options, job.source.names, url)

@@ -50,6 +50,17 @@ def build(
     return model
 
 
+def config_of(fields: Mapping[str, Any]) -> PreTrainedConfig:
+    """`config.json` as transformers' config object: of the model type's own class, generic where it knows none."""
+    kind = fields.get("model_type")
+    cls = transformers.CONFIG_MAPPING[kind] if kind in transformers.CONFIG_MAPPING else PreTrainedConfig
+    try:
+        config: PreTrainedConfig = cls.from_dict(dict(fields))
+    except Exception as error:
+        raise BuilderError(f"transformers could not read config.json as a {cls.__name__}\n{told(error)}") from error
+    return config
+
+
 def ignorable(model: nn.Module) -> tuple[str, ...]:
     """Regular expressions, for `re.search`, of checkpoint keys that the model's class declares it has no use for."""
     patterns = set(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())

@@ -87,15 +87,16 @@ def fill(
         concurrency=concurrency,
     )
     total = planned.plan.read_bytes if share == "world" else planned.needed_bytes
-    _run(pipeline, control, total if show else None)
-    peak = memory.stop()
-    if transport is not None:
-        transport.close()
+    try:
+        _run(pipeline, control, total if show else None)
+    finally:
+        if transport is not None and not isinstance(control.error, LostRankError):
+            transport.close()
     return Loaded(
         planned.needed_bytes,
         pipeline.exchanged_bytes,
         sum(target.tensor.numel() * target.tensor.element_size() for target in targets),
-        peak,
+        memory.stop(),
         plan_seconds,
         pipeline.seconds,
     )
