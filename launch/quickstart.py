@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+from transformers.utils import logging
+
 from launch.local_checkpoints import minilm_dir, tiny_llama
 from launch.local_s3 import s3_server
 
@@ -19,6 +21,7 @@ def serve(scratch: Path) -> None:
     """Serve a bucket with both checkpoints until SIGTERM or the parent's end; `scratch`/env tells how to reach it."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     parent = os.getppid()
+    logging.disable_progress_bar()
     with s3_server() as server:
         llama = tiny_llama(scratch / "llama", vocab_size=32000, hidden_size=512, intermediate_size=1536)
         server.put(minilm_dir(), "s3://loader/minilm")

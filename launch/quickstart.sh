@@ -40,6 +40,7 @@ until [[ -f $scratch/env ]]; do
     sleep 0.1
 done
 . "$scratch/env" # AWS_ENDPOINT_URL and credentials: what any S3 client reads
+export OMP_NUM_THREADS=1 # torchrun's own choice, without the warning
 
 load minilm
 load llama mesh.tp=2 # with dp_shard -1: two by two
