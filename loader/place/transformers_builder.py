@@ -53,7 +53,8 @@ def build(
 def config_of(fields: Mapping[str, Any]) -> PreTrainedConfig:
     """`config.json` as transformers' config object: of the model type's own class, generic where it knows none."""
     kind = fields.get("model_type")
-    cls = transformers.CONFIG_MAPPING[kind] if kind in transformers.CONFIG_MAPPING else PreTrainedConfig
+    known = kind in transformers.CONFIG_MAPPING  # a lazy mapping, whose `get` knows no default
+    cls = transformers.CONFIG_MAPPING[kind] if known else PreTrainedConfig
     try:
         config: PreTrainedConfig = cls.from_dict(dict(fields))
     except Exception as error:
