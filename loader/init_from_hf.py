@@ -47,12 +47,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def end(error: LoaderError, control: Control) -> NoReturn:
     """Tell the error, wait until all ranks have, and end the process with its exit code.
 
+    The rank on which it began tells all of it, a traceback in user code included; the others its first line.
+
     torchrun answers the first rank's end with a SIGTERM to the others, which must not change their code. Threads that
     still wait for a lost rank, or for a silent server, are not waited for.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    origin = f" (first on rank {error.rank})" if error.rank is not None and control.world_size > 1 else ""
-    print(f"rank {control.rank}: {type(error).__name__}{origin}: {error}", file=sys.stderr, flush=True)  # noqa: T201
+    elsewhere = error.rank is not None and error.rank != control.rank
+    told = f"(first on rank {error.rank}) {str(error).splitlines()[0]}" if elsewhere else str(error)
+    print(f"rank {control.rank}: {type(error).__name__}: {told}", file=sys.stderr, flush=True)  # noqa: T201
     control.leave(LEAVE)
     sys.stdout.flush()
     os._exit(error.exit_code)

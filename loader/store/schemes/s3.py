@@ -38,10 +38,8 @@ class S3Scheme:
         self.path = path
 
     def names(self) -> list[str]:
-        found = self._call(lambda: self.fs._ls(self.path, refresh=True))  # noqa: SLF001
-        return [
-            item["name"].rsplit("/", 1)[-1] for item in found if item["type"] == "file" and item["size"] is not None
-        ]
+        found = self._call(lambda: self.fs._ls(self.path, detail=True, refresh=True))  # noqa: SLF001
+        return [item["name"].rsplit("/", 1)[-1] for item in found if item["type"] == "file"]
 
     def stat(self, name: str) -> Stat:
         bucket, key, _ = self.fs.split_path(f"{self.path}/{name}")
