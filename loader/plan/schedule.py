@@ -161,12 +161,13 @@ class Schedule:
         place = _place(self.plan.file, self.plan.start)
         found = []
         for group in needs.groups:
-            entry = self.entries[int(group.keys[0])]
+            shape = self.entries[int(group.keys[0])].shape
             at = self._by_place.place[group.keys]
+            item = self._by_place.item[group.keys]  # a group's keys have one shape, not one dtype
             for box in group.boxes:
-                first, stop = (i * entry.dtype.itemsize for i in flat_span(entry.shape, box))
-                low = np.searchsorted(place, at + first, side="right") - 1
-                high = np.searchsorted(place, at + stop, side="left")
+                first, stop = flat_span(shape, box)
+                low = np.searchsorted(place, at + first * item, side="right") - 1
+                high = np.searchsorted(place, at + stop * item, side="left")
                 found += [np.arange(a, b) for a, b in set(zip(low.tolist(), high.tolist(), strict=True))]
         return np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
 
@@ -178,6 +179,7 @@ class _KeysByPlace:
         file = np.array([e.file for e in entries], np.int64)
         self.place = _place(file, np.array([e.start for e in entries], np.int64))
         self.end = _place(file, np.array([e.stop for e in entries], np.int64))
+        self.item = np.array([e.dtype.itemsize for e in entries], np.int64)
         self.order = np.lexsort((self.end, self.place))  # empty keys stand before the key that begins where they do
         self._starts = self.place[self.order]
         self._ends = self.end[self.order]

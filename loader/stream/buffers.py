@@ -37,7 +37,15 @@ class Slot:
 
 
 def as_tensor(memory: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """View bytes (uint8, contiguous) as a tensor; bytes that are not aligned for `dtype` are copied."""
+    """Bytes (uint8, contiguous) as a tensor to read from: a view, or a copy where they are not aligned for `dtype`."""
     if memory.data_ptr() % dtype.itemsize or memory.storage_offset() % dtype.itemsize:
         memory = memory.clone()
     return memory.view(dtype).view(shape)
+
+
+def put(values: Tensor, memory: Tensor) -> None:
+    """Write the elements of `values`, row-major, to bytes (uint8, contiguous) of any alignment."""
+    if memory.data_ptr() % values.dtype.itemsize or memory.storage_offset() % values.dtype.itemsize:
+        memory.copy_(values.contiguous().flatten().view(torch.uint8))
+    else:
+        memory.view(values.dtype).view(values.shape).copy_(values)

@@ -21,7 +21,7 @@ from loader.place.landing import Landings
 from loader.plan.catalog import Entry
 from loader.plan.geometry import Box
 from loader.plan.schedule import Message, Read, Round, Schedule
-from loader.stream.buffers import Slot, as_tensor
+from loader.stream.buffers import Slot, as_tensor, put
 
 LOOK = 0.2
 """Seconds between looks at the job's error while waiting for a read."""
@@ -176,7 +176,7 @@ class Pipeline:
         for piece in message.pieces if arrived else ():
             values = self._in_frame(piece.key, piece.frame, piece.at, piece.box, memory)
             size = values.numel() * values.element_size()
-            as_tensor(packed[at : at + size], values.dtype, tuple(values.shape)).copy_(values)
+            put(values, packed[at : at + size])
             at += size
         return packed
 
