@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from loader.config import Config
-from loader.convert.conversion import visible_keys
-from loader.errors import CatalogError
 from loader.job import Job
 from loader.place.materialise import materialise
 from loader.place.state_dict import empty_state_dict
@@ -33,7 +30,7 @@ def build_model(config: Config, job: Job, mesh: DeviceMesh, device: torch.device
     return model
 
 
-def ignorable_keys(config: Config, job: Job, model: Model) -> list[str]:
+def needless_keys(config: Config, job: Job, model: Model) -> list[str]:
     """Keys that the model's own class declares it has no use for: as transformers leaves them out, so do we."""
     if config.model.builder != "transformers":
         return []
@@ -42,26 +39,14 @@ def ignorable_keys(config: Config, job: Job, model: Model) -> list[str]:
     assert isinstance(model, nn.Module)
     own = {clean_fqn(name) for name in model.state_dict()}
     patterns = [re.compile(pattern) for pattern in ignorable(model)]
-    prefix = config.source.strip_prefix
-    return [
-        glob_of(key)
-        for key in job.source.catalog.entries
-        if key.removeprefix(prefix) not in own and any(p.search(key.removeprefix(prefix)) for p in patterns)
-    ]
-
-
-def glob_of(key: str) -> str:
-    """The glob that matches `key` alone."""
-    return re.sub(r"([*?[])", r"[\\1]", key)
+    return [name for name in job.names if name not in own and any(each.search(name) for each in patterns)]
 
 
 def _state_dict(config: Config, job: Job, mesh: DeviceMesh, device: torch.device) -> Model:
-    names = visible_keys(job.source.catalog, config.source.ignore, config.source.strip_prefix)
-    entries = list(job.source.catalog.entries.values())
     cast = config.model.dtype
     tensors = {
-        fqn: (entries[key].shape, cast if cast and entries[key].dtype.is_floating_point else entries[key].dtype)
-        for fqn, key in names.items()
+        fqn: (node.shape, cast if cast and node.dtype.is_floating_point else node.dtype)
+        for fqn, node in job.outputs.items()
     }
     known = set(mesh.mesh_dim_names or ())
     rules = [
@@ -75,26 +60,14 @@ def _state_dict(config: Config, job: Job, mesh: DeviceMesh, device: torch.device
 def _transformers(config: Config, job: Job, mesh: DeviceMesh) -> nn.Module:
     from loader.place.transformers_builder import build  # takes seconds to import, and only this builder needs it
 
-    hf_config = _hf_config(config, job)
+    hf_config = job.hf_config()
     dtype = config.model.dtype
-    if dtype is None and not (hf_config.get("dtype") or hf_config.get("torch_dtype")):
+    if dtype is None and not hf_config.dtype:
         floating = (entry.dtype for entry in job.source.catalog.entries.values() if entry.dtype.is_floating_point)
         dtype = next(floating, None)
     return build(hf_config, mesh, dtype)
 
 
 def _users(builder: str, config: Config, job: Job, mesh: DeviceMesh) -> nn.Module:
-    from loader.place.transformers_builder import config_of
-
-    model = call_builder(resolve(builder), config_of(_hf_config(config, job)), mesh)
+    model = call_builder(resolve(builder), job.hf_config(), mesh)
     return model.to(config.model.dtype) if config.model.dtype else model
-
-
-def _hf_config(config: Config, job: Job) -> dict[str, Any]:
-    found = job.source.hf_config
-    if found is None:
-        raise CatalogError(
-            f"{job.store.uri}: no config.json, which model.builder {config.model.builder} needs: upload it beside the "
-            "files, or set model.builder to null for a state dict without a model"
-        )
-    return found

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from loader import report as reports
 from loader.config import Read
-from loader.convert.conversion import KeepNames, visible_keys
+from loader.convert.conversion import apply, visible_keys
+from loader.convert.lazy import Convert
+from loader.convert.named import NAMED, named
+from loader.errors import CatalogError, ConfigError
 from loader.exchange.control import Control
 from loader.memory import PeakMemory
 from loader.place.targets import targets_of
+from loader.place.user_code import resolve
 from loader.store.base import Access
 from loader.store.source import Source, read_source
 from loader.store.store import Store
@@ -40,37 +46,34 @@ class Job:
             self.source: Source = unpack(control.broadcast("source", found))
         self.catalog_seconds = time.monotonic() - self.begun
 
+    def trace(self, convert: Convert | None, ignore: Sequence[str], strip_prefix: str) -> None:
+        """Decide which keys count, under which names, and trace the conversion: `names` and `outputs`."""
+        with self.control.phase("trace"):
+            self.names = visible_keys(self.source.catalog, ignore, strip_prefix)
+            self.outputs = apply(convert, self.source.catalog, self.names, self.hf_config() if convert else None)
+
     def load(
-        self,
-        target: nn.Module | Mapping[str, Tensor],
-        *,
-        ignore: Sequence[str],
-        strip_prefix: str,
-        mesh: Mapping[str, int],
+        self, target: nn.Module | Mapping[str, Tensor], *, mesh: Mapping[str, int], needless: Collection[str] = ()
     ) -> reports.Report:
-        """Fill `target`, and report on it, on every rank."""
+        """Fill `target`, and report on it, on every rank. `needless` are visible keys that need no target."""
         try:
-            return self._load(target, ignore, strip_prefix, mesh)
+            return self._load(target, mesh, needless)
         finally:
             self.memory.stop()
             self.store.close()
 
     def _load(
-        self,
-        target: nn.Module | Mapping[str, Tensor],
-        ignore: Sequence[str],
-        strip_prefix: str,
-        mesh: Mapping[str, int],
+        self, target: nn.Module | Mapping[str, Tensor], mesh: Mapping[str, int], needless: Collection[str]
     ) -> reports.Report:
         with self.control.phase("place"):
-            names = visible_keys(self.source.catalog, ignore, strip_prefix)
             targets = targets_of(target)
             self.memory.start()
+        wanted = {name: at for name, at in self.names.items() if name not in needless}
         loaded = fill(
             targets,
-            KeepNames(self.source.catalog, names),
+            self.outputs,
             self.source.catalog,
-            names.values(),
+            wanted.values(),
             self.store,
             self.control,
             share=self.read.share,
@@ -82,7 +85,18 @@ class Job:
             memory=self.memory,
             show=True,
         )
-        return self._report(loaded, mesh, len(names))
+        return self._report(loaded, mesh, len(wanted))
+
+    def hf_config(self) -> PreTrainedConfig:
+        """The checkpoint's config, as transformers reads it. Raises CatalogError where there is none."""
+        from loader.place.transformers_builder import config_of  # takes seconds to import
+
+        if self.source.hf_config is None:
+            raise CatalogError(
+                f"{self.store.uri}: no config.json, which a model and a conversion need: upload it beside the files, "
+                "or set model.builder and convert to null"
+            )
+        return config_of(self.source.hf_config)
 
     def _report(self, loaded: Loaded, mesh: Mapping[str, int], tensors: int) -> reports.Report:
         control, catalog, tally = self.control, self.source.catalog, self.store.tally
@@ -128,6 +142,21 @@ class Job:
                 )
             report: reports.Report = unpack(control.broadcast("merged", merged))
         return report
+
+
+def conversion_of(convert: str | Convert | None) -> Convert | None:
+    """A conversion by name, by "package.module:function", or as it is. Raises ConfigError."""
+    if not isinstance(convert, str):
+        return convert
+    if ":" in convert:
+        return resolve(convert)
+    if convert in NAMED:
+        return named(convert)
+    near = difflib.get_close_matches(convert, NAMED, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    raise ConfigError(
+        f'convert: {convert!r} should be one of {", ".join(NAMED)}, "package.module:function" or null{hint}'
+    )
 
 
 def node_name() -> str:

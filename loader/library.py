@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from loader.config import Read
-from loader.errors import ConfigError
+from loader.convert.lazy import Convert
 from loader.exchange.control import Control
-from loader.job import Job
+from loader.job import Job, conversion_of
 from loader.report import Report
 
 
@@ -20,7 +20,7 @@ def load(
     target: nn.Module | Mapping[str, Tensor],
     uri: str,
     *,
-    convert: None = None,
+    convert: str | Convert | None = None,
     storage_options: Mapping[str, Any] | None = None,
     ignore: Sequence[str] = (),
     strip_prefix: str = "",
@@ -30,19 +30,20 @@ def load(
 
     `target` holds DTensors (any mesh, any placements) or plain tensors (replicated), with memory, on any device; they
     are written in place, cast to their own dtype. `uri` is a directory in Hugging Face layout, or one safetensors file,
-    on any fsspec scheme. `ignore` are globs over keys to leave out; `strip_prefix` is taken off keys that begin with
-    it. `read` takes the YAML's keys and values: `share="node"`, `memory_budget="64MiB"`, `timeout="3s"`, and so on.
+    on any fsspec scheme. `convert` is a function `(checkpoint, hf_config)` that gives tensors by FQN, or a name as in
+    the YAML; None keeps HF names and layouts. `ignore` are globs over keys to leave out; `strip_prefix` is taken off
+    keys that begin with it. `read` takes the YAML's keys and values: `share="node"`, `memory_budget="64MiB"`, …
 
     Collective: every rank of the default process group calls it; without a group it is one process. Raises the same
     class from `loader.errors` on every rank, and leaves the group usable, unless a rank was lost.
     """
     with Control.of_group() as control:
         with control.phase("arguments"):
-            if convert is not None:
-                raise ConfigError("convert: conversions are not there yet; leave it out to keep HF names and layouts")
+            conversion = conversion_of(convert)
             reading = Read(**read)
         job = Job(uri, dict(storage_options or {}), reading, control)
-        return job.load(target, ignore=ignore, strip_prefix=strip_prefix, mesh=_mesh_of(target))
+        job.trace(conversion, ignore, strip_prefix)
+        return job.load(target, mesh=_mesh_of(target))
 
 
 def _mesh_of(target: nn.Module | Mapping[str, Tensor]) -> dict[str, int]:

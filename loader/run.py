@@ -8,11 +8,11 @@ from contextlib import contextmanager
 
 import torch
 
-from loader.build import Model, build_model, ignorable_keys
+from loader.build import Model, build_model, needless_keys
 from loader.config import Config, resolve_mesh
-from loader.errors import ConfigError, LoaderError
+from loader.errors import LoaderError
 from loader.exchange.control import Control
-from loader.job import Job
+from loader.job import Job, conversion_of
 from loader.place.mesh import make_mesh
 from loader.place.targets import targets_of
 from loader.place.user_code import resolve
@@ -24,8 +24,7 @@ from loader.uri import public_uri
 def run(config: Config, control: Control, device: torch.device) -> int:
     """Build, load, report, hand over: every rank of the default process group calls it. Returns the exit code."""
     with control.phase("start"):
-        if config.convert is not None:
-            raise ConfigError("convert: conversions are not there yet; null keeps HF names and layouts")
+        convert = conversion_of(config.convert)
         dims = resolve_mesh(config.mesh, control.world_size)
         user_program = resolve(config.output.entrypoint) if config.output.entrypoint else None
         mesh = make_mesh(dims, device.type)
@@ -33,10 +32,10 @@ def run(config: Config, control: Control, device: torch.device) -> int:
         if not wanted:
             return 0
         job = Job(config.source.uri, config.source.storage_options, config.read, control)
+        job.trace(convert, config.source.ignore, config.source.strip_prefix)
         with control.phase("build"):
             model = build_model(config, job, mesh, device)
-            ignore = [*config.source.ignore, *ignorable_keys(config, job, model)]
-        report = job.load(model, ignore=ignore, strip_prefix=config.source.strip_prefix, mesh=dims)
+        report = job.load(model, mesh=dims, needless=needless_keys(config, job, model))
         _save(config, job, model)
     with control.phase("report"):
         if control.rank == 0:

@@ -1,61 +1,70 @@
-"""What a conversion tells of its outputs: their shapes, and the boxes of keys that a box of one comes from."""
+"""A conversion, applied to a catalog: every output as a graph over the checkpoint's keys."""
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-import torch
+from torch import Tensor
 
-from loader.errors import CoverageError
+from loader.convert.graph import Key, Node
+from loader.convert.lazy import Convert, LazyTensor, lazy_key, trace
+from loader.errors import ConversionError, CoverageError
 from loader.plan.catalog import Catalog
-from loader.plan.geometry import Box
+
+Outputs = Mapping[str, Node]
+"""By FQN, what each output is made of."""
 
 
-class Output(NamedTuple):
-    """One tensor that the conversion makes."""
+def apply(convert: Convert | None, catalog: Catalog, names: Mapping[str, int], hf_config: Any) -> Outputs:
+    """Trace `convert(checkpoint, hf_config)`; None keeps HF names and layouts.
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-class Source(NamedTuple):
-    """Elements of `key` (its position in the catalog) that move as they are: `box` of the key lands in `into`, a box of
-    the output with the same sizes."""
-
-    key: int
-    box: Box
-    into: Box
+    `names` are the keys that the conversion sees, each with its position in the catalog. Raises ConversionError.
+    """
+    entries = list(catalog.entries.values())
+    if convert is None:
+        return {fqn: Key(entries[at].shape, entries[at].dtype, at) for fqn, at in names.items()}
+    return trace(convert, Checkpoint(catalog, names), hf_config)
 
 
-class Conversion(Protocol):
-    """A traced conversion. It costs no I/O to ask it anything."""
-
-    @property
-    def outputs(self) -> Mapping[str, Output]:
-        """What it makes, by FQN."""
-
-    def keys_of(self, fqn: str) -> Sequence[int]:
-        """Positions of the keys that `fqn` is made of."""
-
-    def pull_back(self, fqn: str, box: Box) -> list[Source]:
-        """The sources that together fill `box` of `fqn`, each element once."""
-
-
-class KeepNames:
-    """The conversion that keeps HF names and layouts: every key is the FQN of its own name."""
+class Checkpoint(Mapping[str, Tensor]):
+    """What a conversion is given: the visible keys as lazy tensors. A missing key is told with its nearest."""
 
     def __init__(self, catalog: Catalog, names: Mapping[str, int]) -> None:
-        entries = list(catalog.entries.values())
-        self._key = names
-        self.outputs = {fqn: Output(entries[key].shape, entries[key].dtype) for fqn, key in names.items()}
+        self._entries = list(catalog.entries.values())
+        self._names = names
+        self._made: dict[str, LazyTensor] = {}
 
-    def keys_of(self, fqn: str) -> Sequence[int]:
-        return (self._key[fqn],)
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._made:
+            if name not in self._names:
+                raise MissingKeyError(name, self._names)
+            position = self._names[name]
+            self._made[name] = lazy_key(name, position, self._entries[position])
+        return self._made[name]
 
-    def pull_back(self, fqn: str, box: Box) -> list[Source]:
-        return [Source(self._key[fqn], box, box)]
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class MissingKeyError(ConversionError, KeyError):
+    """The conversion asked for a key that the checkpoint lacks. A KeyError, for conversions that catch one."""
+
+    def __init__(self, name: str, names: Mapping[str, int]) -> None:
+        near = difflib.get_close_matches(name, names, n=3)
+        hint = f"; the nearest that there are: {', '.join(near)}" if near else ""
+        super().__init__(
+            f"the conversion needs key {name!r}, which the checkpoint does not have{hint}. "
+            "Is it the checkpoint of this config, and source.strip_prefix right?"
+        )
 
 
 def visible_keys(catalog: Catalog, ignore: Sequence[str], strip_prefix: str) -> dict[str, int]:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from loader.convert.conversion import Conversion
+from loader.convert.conversion import Outputs
+from loader.convert.graph import Node, combines, keys_of
 from loader.errors import CoverageError
 from loader.place.landing import Landings
 from loader.place.targets import Target
 from loader.plan.catalog import Entry
 from loader.plan.geometry import Box
 from loader.plan.needs import Needs, collect_needs
+
+PORTION = 1 << 20
+"""Elements: an op on several tensors holds that much of each of them at a time."""
 
 LISTED = 10
 """How many names an error lists."""
@@ -31,7 +35,7 @@ class Demand:
 
 
 def make_demand(
-    targets: Iterable[Target], conversion: Conversion, entries: Sequence[Entry], visible: Collection[int]
+    targets: Iterable[Target], outputs: Outputs, entries: Sequence[Entry], visible: Collection[int]
 ) -> tuple[Demand, Landings]:
     """Pull every target back to boxes of keys, and lay out where each box lands.
 
@@ -42,33 +46,42 @@ def make_demand(
     boxes: list[tuple[int, Box]] = []
     used: set[int] = set()
     for target in targets:
-        known = _known_names(target, conversion)
+        known = _known_names(target, outputs)
         for fqn in known:
-            used.update(conversion.keys_of(fqn))
+            used.update(keys_of(outputs[fqn]))
         for box, offsets in target.boxes:
-            for source in conversion.pull_back(known[0], box):
-                boxes.append((source.key, source.box))
-                at = Box(
-                    tuple(i - o + local for i, o, local in zip(source.into.offsets, box.offsets, offsets, strict=True)),
-                    source.into.sizes,
-                )
-                landings.add(source.key, source.box, target.tensor[at.slices()])
+            origin = tuple(o - local for o, local in zip(box.offsets, offsets, strict=True))
+            for part in _portions(outputs[known[0]], box):
+                boxes += landings.add(outputs[known[0]], part, target.tensor[part.slices(origin)])
     needs = collect_needs(boxes, [entry.shape for entry in entries])
     return Demand(needs, frozenset(visible) - used), landings
 
 
-def _known_names(target: Target, conversion: Conversion) -> list[str]:
+def _portions(node: Node, box: Box) -> Iterator[Box]:
+    """The box, in rows of at most `PORTION` elements where an op must have several tensors at once to make them."""
+    if box.numel <= PORTION or not combines(node):
+        yield box
+        return
+    dim = next(d for d, size in enumerate(box.sizes) if size > 1)
+    half = box.sizes[dim] // 2
+    offsets, sizes = list(box.offsets), list(box.sizes)
+    for start, size in ((0, half), (half, box.sizes[dim] - half)):
+        offsets[dim], sizes[dim] = box.offsets[dim] + start, size
+        yield from _portions(node, Box(tuple(offsets), tuple(sizes)))
+
+
+def _known_names(target: Target, outputs: Outputs) -> list[str]:
     """The target's names that the conversion makes, in the target's shape. A tied tensor may be there under any."""
-    known = [fqn for fqn in target.names if fqn in conversion.outputs]
+    known = [fqn for fqn in target.names if fqn in outputs]
     if not known:
-        near = difflib.get_close_matches(target.fqn, conversion.outputs, n=3)
+        near = difflib.get_close_matches(target.fqn, outputs, n=3)
         hint = f"; the nearest that there are: {', '.join(near)}" if near else ""
         raise CoverageError(
             f"{' = '.join(target.names)} {list(target.shape)} has no source: the checkpoint has no such key{hint}. "
             "Check source.strip_prefix, source.ignore and the conversion"
         )
     for fqn in known:
-        found = conversion.outputs[fqn].shape
+        found = outputs[fqn].shape
         if found != target.shape:
             raise CoverageError(
                 f"{fqn}: the model's shape is {list(target.shape)}, the checkpoint's {list(found)}: "

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from loader.convert.conversion import Conversion
+from loader.convert.conversion import Outputs
 from loader.errors import LostRankError
 from loader.exchange.control import Control
 from loader.exchange.transport import Transport
@@ -42,7 +42,7 @@ class Loaded:
 
 def fill(
     targets: Sequence[Target],
-    conversion: Conversion,
+    outputs: Outputs,
     catalog: Catalog,
     visible: Collection[int],
     store: Store,
@@ -64,7 +64,7 @@ def fill(
     begun = time.monotonic()
     limits = Limits.within(memory_budget, range_size)
     with control.phase("targets"):
-        demand, landings = make_demand(targets, conversion, list(catalog.entries.values()), visible)
+        demand, landings = make_demand(targets, outputs, list(catalog.entries.values()), visible)
     planned = agree_on_plan(control, demand, catalog, share=share, node=node, limits=limits)
     schedule = Schedule(planned.plan, list(catalog.entries.values()), control.rank)
     plan_seconds = time.monotonic() - begun
@@ -87,6 +87,7 @@ def fill(
         concurrency=concurrency,
     )
     total = planned.plan.read_bytes if share == "world" else planned.needed_bytes
+    landings.fill()
     try:
         _run(pipeline, control, total if show else None)
     finally:

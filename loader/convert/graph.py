@@ -1,0 +1,137 @@
+"""What a traced conversion is: a graph of few kinds of node, from keys and constants to an output.
+
+Every op that a conversion may use is said in these kinds (see `ops`). A node knows its shape, its dtype and its inputs,
+and nothing of data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+Pointwise = Callable[[Tensor], Tensor]
+"""A function that treats every element alike, wherever it stands."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Node:
+    """Any node: a tensor of `shape` and `dtype`."""
+
+    shape: Shape
+    dtype: torch.dtype
+
+    @property
+    def inputs(self) -> tuple[Node, ...]:
+        return ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Key(Node):
+    """A whole checkpoint tensor: `position` in the catalog."""
+
+    position: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Constant(Node):
+    """A real tensor that the conversion brought along."""
+
+    value: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Unary(Node):
+    source: Node
+
+    @property
+    def inputs(self) -> tuple[Node, ...]:
+        return (self.source,)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Permute(_Unary):
+    """Dim d of it is dim `dims[d]` of the source."""
+
+    dims: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reshape(_Unary):
+    """The source's elements in row-major order, in another shape."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Slice(_Unary):
+    """Elements `start`, `start + 1`, … of dim `dim`."""
+
+    dim: int
+    start: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Take(_Unary):
+    """Element i along `dim` is the source's element `index[i]`."""
+
+    dim: int
+    index: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Expand(_Unary):
+    """Dims of size 1 repeated; the source has as many dims."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Map(_Unary):
+    """`run` of every element: a cast, arithmetic with a number, exp, …"""
+
+    run: Pointwise
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Cat(Node):
+    """The parts one after another along `dim`."""
+
+    parts: tuple[Node, ...]
+    dim: int
+
+    @property
+    def inputs(self) -> tuple[Node, ...]:
+        return self.parts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Combine(Node):
+    """`run` of equally shaped tensors, element by element: it needs all of them at once."""
+
+    parts: tuple[Node, ...]
+    run: Callable[..., Tensor]
+
+    @property
+    def inputs(self) -> tuple[Node, ...]:
+        return self.parts
+
+
+def combines(node: Node) -> bool:
+    """Whether an op in it needs several tensors at once."""
+    return isinstance(node, Combine) or any(combines(each) for each in node.inputs)
+
+
+def keys_of(node: Node) -> Iterator[int]:
+    """Positions of the keys that `node` is made of, each once."""
+    seen: set[int] = set()
+    found: set[int] = set()
+    open_nodes = [node]
+    while open_nodes:
+        current = open_nodes.pop()
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        if isinstance(current, Key) and current.position not in found:
+            found.add(current.position)
+            yield current.position
+        open_nodes += current.inputs
