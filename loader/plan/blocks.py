@@ -13,18 +13,24 @@ from typing import NamedTuple
 
 from loader.plan.geometry import Box, disjoint
 
+LARGEST = 1.6
+"""Ranges that one read may hold: a part of up to 1.6 ranges is not cut, so that no cut leaves less than 0.8 ranges on
+average, and GETs stay within 1 / 0.8 = 1.25 x the bytes over the range size."""
+
 
 class Share(NamedTuple):
     """What one class consumes of a block or an extent.
 
     `elements` needed lie within `[first, stop)`; `ragged` when they do not follow each other there (columns), so that a
-    reader must pack them before it can send them.
+    reader must pack them before it can send them. Shares of one block are the same elements when they are equal:
+    `content` tells boxes apart that span the same range.
     """
 
     elements: int
     first: int
     stop: int
     ragged: bool
+    content: int
 
     @property
     def packed(self) -> int:
@@ -40,6 +46,7 @@ class Share(NamedTuple):
             min(self.first, other.first),
             max(self.stop, other.stop),
             self.ragged or other.ragged,
+            hash((self.content, other.content, other.first - self.first, other.stop - self.first)),
         )
 
 
@@ -54,6 +61,11 @@ class Block(NamedTuple):
     @property
     def size(self) -> int:
         return self.stop - self.start
+
+    @property
+    def cost(self) -> int:
+        """Elements that its reader holds at most: what it reads, and what it packs, once for all who need the same."""
+        return self.size + sum(share.packed for share in set(self.shares.values()))
 
     def shifted(self, by: int) -> Block:
         return Block(self.start + by, self.stop + by, {c: s.shifted(by) for c, s in self.shares.items()}, self.needed)
@@ -76,7 +88,7 @@ def cut(shape: Sequence[int], needs: Sequence[tuple[int, Box]], *, row_limit: in
     """
     dim = next((d for d, size in enumerate(shape) if size > 1), len(shape) - 1)
     if dim < 0:
-        return [Block(0, 1, {number: Share(1, 0, 1, ragged=False) for number, _ in needs}, 1)]
+        return [Block(0, 1, {number: Share(1, 0, 1, ragged=False, content=0) for number, _ in needs}, 1)]
     inner_shape = tuple(shape[dim + 1 :])
     inner = math.prod(inner_shape)
     blocks: list[Block] = []
@@ -86,6 +98,7 @@ def cut(shape: Sequence[int], needs: Sequence[tuple[int, Box]], *, row_limit: in
         if inner_shape and (inner > row_limit or missing >= gap_limit):
             inner_needs = [(c, Box(box.offsets[dim + 1 :], box.sizes[dim + 1 :])) for c, box in active]
             row = cut(inner_shape, inner_needs, row_limit=row_limit, gap_limit=gap_limit)
+            row = join(row, small=row_limit * 4 // 5, limit=int(LARGEST * row_limit))  # else GETs: parts times rows
             blocks += [block.shifted(r * inner) for r in range(first, stop) for block in row]
         else:
             blocks += _split(first, stop, inner, inner - missing, active, dim, row_limit)
@@ -114,19 +127,21 @@ def _split(
 ) -> Iterator[Block]:
     """Rows `[first, stop)`, of `inner` elements each (`needed` of them needed), in pieces of about `limit` elements.
 
-    Fewer, larger pieces win below 4 limits, so that GETs stay within 1.25 x the bytes over the range size: 1.5 limits
-    are one piece, 1.7 are two of 0.85.
+    Fewer, larger pieces win below 4 limits: 1.5 limits are one piece, 1.7 are two of 0.85. Rows of 0.9 limits stand
+    alone.
     """
     size = (stop - first) * inner
-    pieces = math.ceil(size / limit) if size >= 4 * limit else max(1, int(1.25 * size / limit))
-    pieces = min(pieces, stop - first)
+    pieces = math.ceil(size / limit) if size >= 4 * limit else int(1.25 * size / limit)
+    rows = max(1, int(LARGEST * limit) // inner)
+    pieces = min(max(pieces, math.ceil((stop - first) / rows)), stop - first)
     for i in range(pieces):
         a = first + (stop - first) * i // pieces
         b = first + (stop - first) * (i + 1) // pieces
         shares: dict[int, Share] = {}
         for number, box in active:
             width = math.prod(box.sizes[dim + 1 :])
-            share = Share((b - a) * width, a * inner, b * inner, ragged=width != inner)
+            content = hash((box.offsets[dim + 1 :], box.sizes[dim + 1 :]))
+            share = Share((b - a) * width, a * inner, b * inner, width != inner, content)
             shares[number] = shares[number].joined(share) if number in shares else share
         yield Block(a * inner, b * inner, shares, (b - a) * needed)
 

@@ -6,13 +6,14 @@ patterns and blocks, not with ranks times keys.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from loader.plan.blocks import Block, Share, cut, join, may_join
+from loader.plan.blocks import Block, cut, join, may_join
 from loader.plan.catalog import Entry
 from loader.plan.geometry import Box
 from loader.plan.needs import Classes, Ints
@@ -23,6 +24,10 @@ request 10 to 50 ms. A wider stretch is never read."""
 
 SMALL_SHARE = 8
 """A block under 1/8 of the range size is small: its request's latency outweighs exchanging it."""
+
+
+FINEST = 64
+"""A read that costs more than a round holds is cut finer, down to 1/64 of the range size."""
 
 
 class Limits(NamedTuple):
@@ -37,23 +42,25 @@ class Limits(NamedTuple):
         """Share a budget (bytes) between rounds.
 
         A quarter is left to clients and the interpreter. The rest holds 2 to 4 rounds, so that one is read while
-        another is exchanged; and a round holds at least one extent of up to 1.6 ranges read, staged and received:
-        4.8 ranges. 512 MiB: 4 rounds of 96 MiB. 64 MiB: 2 rounds of 24 MiB, reads of 5 MiB.
+        another is exchanged: more than 2 where each holds 4.8 ranges, which is 1.6 read, packed and received. Reads
+        stay at the range size; only the keys whose reads do not fit a round are cut finer. Ranges of 8 MiB: 512 MiB
+        give 4 rounds of 96 MiB, 64 MiB give 2 of 24 MiB.
         """
         usable = memory_budget * 3 // 4
-        range_bytes = min(range_size, usable * 10 // (2 * 48))
-        rounds = max(2, min(4, usable * 10 // (48 * range_bytes)))
-        return cls(range_bytes, usable // rounds, rounds)
+        rounds = max(2, min(4, usable * 10 // (48 * range_size)))
+        return cls(min(range_size, usable // rounds), usable // rounds, rounds)
 
 
 class Kind(NamedTuple):
-    """What extents with the same consumers and shares have in common. Arrays over the consuming classes.
+    """What extents with the same consumers and shares have in common. Arrays over the consuming classes, ascending.
 
-    `landing[i]` bytes of the extent are needed by class `classes[i]`, of which the reader must stage `staged[i]`.
+    Class `classes[i]` needs `landing[i]` bytes of the extent, which the reader sends it as message number `message[i]`:
+    classes that need the same are sent the same. `staged[m]` bytes must be packed to send message m.
     """
 
     classes: Ints
     landing: Ints
+    message: Ints
     staged: Ints
 
 
@@ -117,15 +124,19 @@ def find_patterns(entries: Sequence[Entry], classes: Classes) -> list[Pattern]:
     return [Pattern(needed[flat == i], tuple(by_leader[int(leaders[i])])) for i in order]
 
 
-def cut_extents(entries: Sequence[Entry], classes: Classes, range_bytes: int) -> Cuts:
-    """Cut what is needed into extents of at most 1.6 `range_bytes`, disjoint, covering every need."""
+def cut_extents(entries: Sequence[Entry], classes: Classes, range_bytes: int, round_bytes: int = sys.maxsize) -> Cuts:
+    """Cut what is needed into disjoint extents that cover every need.
+
+    An extent has at most 1.6 `range_bytes` (more only where a single element has), and costs its reader at most
+    `round_bytes` where cutting finer can make it so.
+    """
     blocks: list[Block] = []  # in bytes, relative to their key
     columns: list[tuple[Ints, ...]] = []
     needed = 0
     files = np.array([e.file for e in entries], np.int64)
     starts = np.array([e.start for e in entries], np.int64)
     for pattern in find_patterns(entries, classes):
-        for block in _pattern_blocks(entries[int(pattern.keys[0])], pattern, range_bytes):
+        for block in _pattern_blocks(entries[int(pattern.keys[0])], pattern, range_bytes, round_bytes):
             at = starts[pattern.keys]
             number = np.full(len(at), len(blocks), np.int64)
             columns.append((files[pattern.keys], at + block.start, at + block.stop, number))
@@ -136,62 +147,83 @@ def cut_extents(entries: Sequence[Entry], classes: Classes, range_bytes: int) ->
         return Cuts(none, none, none, none, (), 0)
     file, start, stop, number = (np.concatenate(parts) for parts in zip(*columns, strict=True))
     order = np.lexsort((start, file))
-    return _join_neighbours(file[order], start[order], stop[order], number[order], blocks, range_bytes, needed)
+    file, start, stop, number = file[order], start[order], stop[order], number[order]
+    joins = _Joins(blocks, range_bytes, round_bytes)
+    head, kind = joins.follow(file, start, stop, number)
+    tail = np.append(head[1:], len(start)) - 1
+    return Cuts(file[head], start[head], stop[tail], kind, joins.kinds, needed)
 
 
-def _pattern_blocks(entry: Entry, pattern: Pattern, range_bytes: int) -> list[Block]:
+def _pattern_blocks(entry: Entry, pattern: Pattern, range_bytes: int, round_bytes: int) -> list[Block]:
     item = entry.dtype.itemsize
     limit = max(1, range_bytes // item)
-    cuts = cut(entry.shape, pattern.needs, row_limit=limit, gap_limit=max(1, GAP_BYTES // item))
-    return [_in_bytes(block, item) for block in join(cuts, small=max(1, limit // SMALL_SHARE), limit=limit)]
+    finest = max(1, limit // FINEST)
+    while True:
+        cuts = cut(entry.shape, pattern.needs, row_limit=limit, gap_limit=max(1, GAP_BYTES // item))
+        small = max(1, limit // SMALL_SHARE)
+        blocks = [_in_bytes(block, item) for block in join(cuts, small=small, limit=limit)]
+        if limit == finest or max(block.cost for block in blocks) <= round_bytes:
+            return blocks
+        limit = max(finest, limit * 3 // 4)
 
 
 def _in_bytes(block: Block, item: int) -> Block:
-    shares = {c: Share(s.elements * item, s.first * item, s.stop * item, s.ragged) for c, s in block.shares.items()}
+    shares = {
+        number: share._replace(elements=share.elements * item, first=share.first * item, stop=share.stop * item)
+        for number, share in block.shares.items()
+    }
     return Block(block.start * item, block.stop * item, shares, block.needed * item)
 
 
-def _join_neighbours(
-    file: Ints, start: Ints, stop: Ints, number: Ints, blocks: Sequence[Block], range_bytes: int, needed: int
-) -> Cuts:
-    """Join small blocks of neighbouring keys. Equal runs of blocks (layer after layer) share one kind."""
-    small = max(1, range_bytes // SMALL_SHARE)
-    firsts: list[int] = []
-    kind_of: list[int] = []
-    kinds: dict[tuple[int, ...], int] = {}
-    made: list[Kind] = []
-    run: Block | None = None
-    members: tuple[int, ...] = ()
+class _Joins:
+    """Joins small blocks of neighbouring keys to runs. Equal runs, layer after layer, are made once: a run's number
+    follows from the number of the run without its last block, and that block's."""
 
-    def close() -> None:
-        if run is not None:
-            if members not in kinds:
-                kinds[members] = len(made)
-                made.append(_kind(run))
-            kind_of.append(kinds[members])
+    def __init__(self, blocks: Sequence[Block], range_bytes: int, round_bytes: int) -> None:
+        self._runs = list(blocks)
+        self._longer: dict[tuple[int, int], int | None] = {}
+        self._range_bytes = range_bytes
+        self._round_bytes = round_bytes
+        self.kinds: tuple[Kind, ...] = ()
 
-    rows = zip(file.tolist(), start.tolist(), stop.tolist(), number.tolist(), strict=True)
-    last = (-1, -1)
-    for i, (f, a, b, n) in enumerate(rows):
-        block = blocks[n]
-        if run is not None and last == (f, a) and may_join(run, block, small=small, limit=range_bytes):
-            run, members = run.joined(block.shifted(run.stop - block.start)), (*members, n)
-        else:
-            close()
-            run, members = block, (n,)
-            firsts.append(i)
-        last = (f, b)
-    close()
-    head = np.array(firsts, np.int64)
-    tail = np.append(head[1:], len(start)) - 1
-    return Cuts(file[head], start[head], stop[tail], np.array(kind_of, np.int64), tuple(made), needed)
+    def follow(self, file: Ints, start: Ints, stop: Ints, number: Ints) -> tuple[Ints, Ints]:
+        """Where each run begins among the blocks (given in file order), and its kind, a position in `self.kinds`."""
+        touches = np.append(False, (file[1:] == file[:-1]) & (start[1:] == stop[:-1]))
+        heads: list[int] = []
+        runs: list[int] = []
+        for i, (block, touching) in enumerate(zip(number.tolist(), touches.tolist(), strict=True)):
+            longer = self._join(runs[-1], block) if touching else None
+            if longer is None:
+                heads.append(i)
+                runs.append(block)
+            else:
+                runs[-1] = longer
+        used, kind = np.unique(np.array(runs, np.int64), return_inverse=True)
+        self.kinds = tuple(_kind(self._runs[run]) for run in used.tolist())
+        return np.array(heads, np.int64), kind.reshape(-1)
+
+    def _join(self, run: int, block: int) -> int | None:
+        """The number of `run` with `block` after it, or None where they stay apart."""
+        if (run, block) not in self._longer:
+            left, right = self._runs[run], self._runs[block]
+            small = max(1, self._range_bytes // SMALL_SHARE)
+            longer = None
+            if may_join(left, right, small=small, limit=self._range_bytes):
+                joined = left.joined(right.shifted(left.stop - right.start))
+                if joined.cost <= self._round_bytes:
+                    longer = len(self._runs)
+                    self._runs.append(joined)
+            self._longer[run, block] = longer
+        return self._longer[run, block]
 
 
 def _kind(block: Block) -> Kind:
     classes = sorted(block.shares)
     shares = [block.shares[c] for c in classes]
+    messages = {share: number for number, share in enumerate(dict.fromkeys(shares))}
     return Kind(
         np.array(classes, np.int64),
-        np.array([s.elements for s in shares], np.int64),
-        np.array([s.packed for s in shares], np.int64),
+        np.array([share.elements for share in shares], np.int64),
+        np.array([messages[share] for share in shares], np.int64),
+        np.array([share.packed for share in messages], np.int64),
     )

@@ -42,7 +42,7 @@ def make_plan(entries: Sequence[Entry], classes: Classes, limits: Limits) -> Pla
 
     `entries` are the catalog's, in its order. Raises MemoryBudgetError.
     """
-    cuts = cut_extents(entries, classes, limits.range_bytes)
+    cuts = cut_extents(entries, classes, limits.range_bytes, limits.round_bytes)
     readers = assign_readers(cuts, classes)
     rounds = pack_rounds(cuts, readers, classes, limits.round_bytes)
     return Plan(classes, cuts.file, cuts.start, cuts.stop, readers, rounds, cuts.needed_bytes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from loader.errors import MemoryBudgetError
-from loader.plan.extents import Cuts
+from loader.plan.extents import Cuts, Kind
 from loader.plan.needs import Classes, Ints
 
 
@@ -21,22 +21,30 @@ def pack_rounds(cuts: Cuts, readers: Ints, classes: Classes, round_bytes: int) -
     ledger = _Ledger(classes, round_bytes)
     rounds = np.zeros(len(cuts.start), np.int64)
     size, current = cuts.size.tolist(), 0
+    costs: dict[tuple[int, int], int] = {}
     for extent in _by_progress(cuts, readers).tolist():
-        kind, reader = cuts.kinds[cuts.kind[extent]], int(readers[extent])
-        alone = ledger.sizes[kind.classes] == 1
-        receives = ~(alone & (kind.classes == ledger.class_of[reader]))
-        own = size[extent] + int(kind.staged[receives].sum())
-        if not ledger.add(reader, own, kind.classes[receives], kind.landing[receives]):
+        number, reader = int(cuts.kind[extent]), int(readers[extent])
+        kind, home = cuts.kinds[number], ledger.class_of[reader]
+        if (number, home) not in costs:
+            costs[number, home] = _beside_reading(kind, home, alone=bool(ledger.sizes[home] == 1))
+        if not ledger.add(reader, size[extent] + costs[number, home], kind):
             current += 1
             ledger.clear()
-            if not ledger.add(reader, own, kind.classes[receives], kind.landing[receives]):
+            if not ledger.add(reader, size[extent] + costs[number, home], kind):
                 raise MemoryBudgetError(
-                    f"a read of {size[extent]} bytes needs {own} bytes on rank {reader} and up to "
-                    f"{int(kind.landing.max())} on its consumers, more than a round's {round_bytes}: "
-                    "raise read.memory_budget or lower read.range_size"
+                    f"a read of {size[extent]} bytes, with {int(kind.staged.sum())} packed to send, does not fit a "
+                    f"round of {round_bytes} bytes on rank {reader}: raise read.memory_budget or lower read.range_size"
                 )
         rounds[extent] = current
     return rounds
+
+
+def _beside_reading(kind: Kind, home: int, *, alone: bool) -> int:
+    """What an extent costs a reader of class `home` beyond its bytes, by the ledger's reckoning: what it packs to send,
+    less what lands at its class, for that it has read. `alone`: a message that only it would need is not sent."""
+    at = int(np.searchsorted(kind.classes, home))
+    unsent = alone and np.count_nonzero(kind.message == kind.message[at]) == 1
+    return int(kind.staged.sum() - kind.landing[at] - (kind.staged[kind.message[at]] if unsent else 0))
 
 
 def _by_progress(cuts: Cuts, readers: Ints) -> Ints:
@@ -50,7 +58,7 @@ def _by_progress(cuts: Cuts, readers: Ints) -> Ints:
 
 
 class _Ledger:
-    """Bytes that the open round costs: by rank for what it reads and stages, by class for what its members receive."""
+    """Bytes that the open round costs: to a rank what it reads and packs, to each of a class what lands there."""
 
     def __init__(self, classes: Classes, limit: int) -> None:
         self.limit = limit
@@ -63,16 +71,20 @@ class _Ledger:
         self.own_most = np.zeros(len(self.sizes), np.int64)
         self.landing = np.zeros(len(self.sizes), np.int64)
 
-    def add(self, reader: int, own: int, consumers: Ints, landing: Ints) -> bool:
-        """Enter one extent, or leave all as it is and say False where some rank would be over the limit."""
+    def add(self, reader: int, own: int, kind: Kind) -> bool:
+        """Enter one extent, or leave all as it is and say False where some rank would be over the limit.
+
+        `reader` is one of its consumers; `own` is its cost to the reader above what lands at all of them.
+        """
         home = self.class_of[reader]
         total = self.own.get(reader, 0) + own
         most = max(int(self.own_most[home]), total)
-        self.landing[consumers] += landing
-        worst = int((self.own_most[consumers] + self.landing[consumers]).max()) if len(consumers) else 0
-        if max(worst, most + int(self.landing[home])) > self.limit:
-            self.landing[consumers] -= landing
+        landing = self.landing[kind.classes] + kind.landing
+        worst = int((self.own_most[kind.classes] + landing).max())
+        at_home = int(self.landing[home] + kind.landing[np.searchsorted(kind.classes, home)])
+        if max(worst, most + at_home) > self.limit:
             return False
+        self.landing[kind.classes] = landing
         self.own[reader] = total
         self.own_most[home] = most
         return True

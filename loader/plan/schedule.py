@@ -28,7 +28,7 @@ class Piece(NamedTuple):
 
 
 class Message(NamedTuple):
-    """Pieces of one extent for one class of ranks, row-major each, one after another: `size` bytes.
+    """Pieces of one extent for the ranks that need them, row-major each, one after another: `size` bytes.
 
     `begin` is where the bytes stand in the extent when they are one contiguous run of it, else None: then the reader
     packs them.
@@ -114,14 +114,15 @@ class Schedule:
     def _read(self, extent: int) -> Read:
         plan = self.plan
         own = Message((), 0, None)
-        sends = []
+        sends: dict[Message, tuple[int, ...]] = {}  # classes that need the same of the extent are sent the same
         for number, needs in enumerate(self._needs_here):
             message = self._message(extent, needs)
             if number == self._home:
                 own = message
             if message.pieces and self._others[number]:
-                sends.append((message, self._others[number]))
-        return Read(extent, int(plan.file[extent]), int(plan.start[extent]), int(plan.stop[extent]), own, tuple(sends))
+                sends[message] = sends.get(message, ()) + self._others[number]
+        start, stop = int(plan.start[extent]), int(plan.stop[extent])
+        return Read(extent, int(plan.file[extent]), start, stop, own, tuple(sends.items()))
 
     def _message(self, extent: int, needs: dict[int, tuple[Box, ...]]) -> Message:
         pieces: list[Piece] = []
