@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loader import errors
-    from loader.library import load
+    from loader.library import iter_convert, load
     from loader.report import Report
 
-__all__ = ["Report", "errors", "load"]
+__all__ = ["Report", "errors", "iter_convert", "load"]
 
-_HOMES = {"load": "loader.library", "Report": "loader.report"}
+_HOMES = {"load": "loader.library", "iter_convert": "loader.library", "Report": "loader.report"}
 
 
 def __getattr__(name: str) -> Any:

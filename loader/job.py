@@ -21,7 +21,7 @@ from loader.convert.named import NAMED, named
 from loader.errors import CatalogError, ConfigError
 from loader.exchange.control import Control
 from loader.memory import PeakMemory
-from loader.place.targets import targets_of
+from loader.place.targets import Target, targets_of
 from loader.place.user_code import resolve
 from loader.store.base import Access
 from loader.store.source import Source, read_source
@@ -69,13 +69,18 @@ class Job:
             targets = targets_of(target)
             self.memory.start()
         wanted = {name: at for name, at in self.names.items() if name not in needless}
-        loaded = fill(
+        loaded = self.fill(targets, wanted.values(), self.control, show=True)
+        return self._report(loaded, mesh, len(wanted))
+
+    def fill(self, targets: Sequence[Target], wanted: Collection[int], control: Control, *, show: bool) -> Loaded:
+        """Fill `targets` alone, for the ranks of `control`; keys at the positions `wanted` must be used."""
+        return fill(
             targets,
             self.outputs,
             self.source.catalog,
-            wanted.values(),
+            wanted,
             self.store,
-            self.control,
+            control,
             share=self.read.share,
             node=node_name(),
             memory_budget=self.read.memory_budget,
@@ -83,9 +88,8 @@ class Job:
             concurrency=self.read.concurrency,
             deadline=self.read.deadline,
             memory=self.memory,
-            show=True,
+            show=show,
         )
-        return self._report(loaded, mesh, len(wanted))
 
     def hf_config(self) -> PreTrainedConfig:
         """The checkpoint's config, as transformers reads it. Raises CatalogError where there is none."""

@@ -1,19 +1,25 @@
-"""`loader.load`: for a trainer that has its model, or its state dict, already."""
+"""`loader.load`, for a trainer that has its model already, and `loader.iter_convert`, for one process without one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from loader.config import Read
+from loader.convert.conversion import Outputs
+from loader.convert.graph import Node, keys_of
 from loader.convert.lazy import Convert
 from loader.exchange.control import Control
 from loader.job import Job, conversion_of
+from loader.place.targets import targets_of
 from loader.report import Report
+from loader.stream.demand import check_unused
 
 
 def load(
@@ -44,6 +50,58 @@ def load(
         job = Job(uri, dict(storage_options or {}), reading, control)
         job.trace(conversion, ignore, strip_prefix)
         return job.load(target, mesh=_mesh_of(target))
+
+
+def iter_convert(
+    uri: str,
+    *,
+    convert: str | Convert | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+    ignore: Sequence[str] = (),
+    strip_prefix: str = "",
+    **read: Any,
+) -> Iterator[tuple[str, Tensor]]:
+    """Convert a checkpoint in this process alone, yielding `(fqn, tensor)` in the conversion's order.
+
+    Tensors are whole, on the CPU, in the conversion's dtypes. Sources are read as they are needed and freed before the
+    next are: beyond what was yielded and kept, memory is `memory_budget`, half of it for small tensors that are read
+    together, or one larger tensor. Arguments and errors are those of `load`. `dict(loader.iter_convert(...))` is the
+    whole conversion.
+    """
+    with Control(None, 0, 1) as control:
+        with control.phase("arguments"):
+            conversion = conversion_of(convert)
+            reading = Read(**read)
+            budget = reading.memory_budget // 2
+            reading = reading.model_copy(update={"memory_budget": reading.memory_budget - budget})
+        job = Job(uri, dict(storage_options or {}), reading, control)
+        job.trace(conversion, ignore, strip_prefix)
+        with control.phase("coverage"):
+            used = {key for node in job.outputs.values() for key in keys_of(node)}
+            check_unused([frozenset(job.names.values()) - used], list(job.source.catalog.entries))
+    for batch in _batches(job.outputs, budget):
+        tensors = {fqn: torch.empty(node.shape, dtype=node.dtype) for fqn, node in batch.items()}
+        with Control(None, 0, 1) as control:
+            job.fill(targets_of(tensors), (), control, show=False)
+        while tensors:
+            fqn = next(iter(tensors))
+            yield fqn, tensors.pop(fqn)
+    job.store.close()
+
+
+def _batches(outputs: Outputs, limit: int) -> Iterator[dict[str, Node]]:
+    """Consecutive outputs of at most `limit` bytes together; a larger one alone."""
+    batch: dict[str, Node] = {}
+    size = 0
+    for fqn, node in outputs.items():
+        own = math.prod(node.shape) * node.dtype.itemsize
+        if batch and size + own > limit:
+            yield batch
+            batch, size = {}, 0
+        batch[fqn] = node
+        size += own
+    if batch:
+        yield batch
 
 
 def _mesh_of(target: nn.Module | Mapping[str, Tensor]) -> dict[str, int]:
