@@ -89,7 +89,7 @@ def _split(atoms: Atoms, box: Box, view: Tensor) -> Iterator[tuple[Box, Tensor]]
             begin = sum(n for _, n in pieces[dim][:number])
             where = len(sizes)
             at = at.narrow(where, begin, length)
-            at = at.view(*at.shape[:where], *part.sizes, *at.shape[where + 1 :])
+            at = at.view((*at.shape[:where], *part.sizes, *at.shape[where + 1 :]))
             offsets, sizes = offsets + part.offsets, sizes + part.sizes
         yield Box(offsets, sizes), at
 
