@@ -1,0 +1,49 @@
+"""Calls that may never return, made so that whoever waits for one can give up."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYet
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+LOOK = 0.2
+"""Seconds between looks at whether to give up."""
+
+
+class Caller:
+    """A thread that makes calls in turn: a call to a store whose host has gone silent cannot be interrupted."""
+
+    def __init__(self, name: str) -> None:
+        self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name=name, daemon=True).start()
+
+    def call(self, work: Callable[[], T], give_up: Callable[[], BaseException | None]) -> T:
+        """What `work()` returns or raises; or raise what `give_up` returns, as soon as that is an error."""
+        future: Future[T] = Future()
+        self._calls.put((work, future))
+        while True:
+            try:
+                return future.result(LOOK)
+            except NotYet:
+                if future.done():
+                    raise
+                if (error := give_up()) is not None:
+                    raise error from None
+
+    def close(self) -> None:
+        """End the thread after the calls that are waiting."""
+        self._calls.put(None)
+
+    def _run(self) -> None:
+        while (item := self._calls.get()) is not None:
+            work, future = item
+            try:
+                future.set_result(work())
+            except BaseException as error:  # noqa: BLE001 - for the one who waits
+                future.set_exception(error)
+            del item, work, future
