@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import mmap
+
+import numpy as np
 import torch
 from torch import Tensor
 
 ALIGNMENT = 64
 """Bytes: a cache line, and more than any dtype needs."""
+
+_INTEGERS = {2: np.int16, 4: np.int32, 8: np.int64}
 
 
 class Slot:
@@ -21,7 +26,8 @@ class Slot:
         need = size + 2 * ALIGNMENT * takes
         if need > self._memory.numel():
             self._memory = torch.empty(0, dtype=torch.uint8)  # free the old one before the new one exists
-            self._memory = torch.empty(need, dtype=torch.uint8)
+            # Not from malloc, which keeps what is freed, for other sizes than are asked for next.
+            self._memory = torch.frombuffer(mmap.mmap(-1, need, mmap.MAP_PRIVATE | mmap.MAP_ANON), dtype=torch.uint8)
         self._used = 0
 
     def take(self, size: int, phase: int = 0) -> Tensor:
@@ -37,15 +43,11 @@ class Slot:
 
 
 def as_tensor(memory: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """Bytes (uint8, contiguous) as a tensor to read from: a view, or a copy where they are not aligned for `dtype`."""
+    """View bytes (uint8, contiguous, of any alignment) as a tensor, to be copied from or to.
+
+    torch views only what is aligned; numpy views the rest, and the CPUs that torch knows copy it as well. A copy in
+    between would double a round.
+    """
     if memory.data_ptr() % dtype.itemsize or memory.storage_offset() % dtype.itemsize:
-        memory = memory.clone()
+        memory = torch.from_numpy(np.frombuffer(memory.numpy().data, _INTEGERS[dtype.itemsize]))
     return memory.view(dtype).view(shape)
-
-
-def put(values: Tensor, memory: Tensor) -> None:
-    """Write the elements of `values`, row-major, to bytes (uint8, contiguous) of any alignment."""
-    if memory.data_ptr() % values.dtype.itemsize or memory.storage_offset() % values.dtype.itemsize:
-        memory.copy_(values.contiguous().flatten().view(torch.uint8))
-    else:
-        memory.view(values.dtype).view(values.shape).copy_(values)

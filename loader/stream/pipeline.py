@@ -21,7 +21,7 @@ from loader.place.landing import Landings
 from loader.plan.catalog import Entry
 from loader.plan.geometry import Box
 from loader.plan.schedule import Message, Read, Round, Schedule
-from loader.stream.buffers import Slot, as_tensor, put
+from loader.stream.buffers import Slot, as_tensor
 
 LOOK = 0.2
 """Seconds between looks at the job's error while waiting for a read."""
@@ -81,19 +81,21 @@ class Pipeline:
 
     def run(self) -> None:
         """Run every round. After an error anywhere, end with the round that all peers end with, and return."""
-        opened: list[_Open] = []
+        flights: dict[int, _Open] = {}
+        opened = 0
         try:
             for number in range(self._schedule.rounds):
                 ahead = min(self._schedule.rounds, number + len(self._slots))
-                while len(opened) < ahead and self._control.may_start(len(opened)):
-                    if len(opened) >= len(self._slots):
-                        self._finish(opened[len(opened) - len(self._slots)])
-                    opened.append(self._open(len(opened)))
-                if number == len(opened):
+                while opened < ahead and self._control.may_start(opened):
+                    if opened >= len(self._slots):
+                        self._finish(flights.pop(opened - len(self._slots)))
+                    flights[opened] = self._open(opened)
+                    opened += 1
+                if number == opened:
                     break
-                self._exchange(opened[number])
-            for flight in opened[-len(self._slots) :]:
-                self._finish(flight)
+                self._exchange(flights[number])
+            while flights:
+                self._finish(flights.pop(min(flights)))
         finally:
             self._readers.shutdown(wait=False, cancel_futures=True)
             self._writer.shutdown(wait=False)
@@ -176,7 +178,7 @@ class Pipeline:
         for piece in message.pieces if arrived else ():
             values = self._in_frame(piece.key, piece.frame, piece.at, piece.box, memory)
             size = values.numel() * values.element_size()
-            put(values, packed[at : at + size])
+            as_tensor(packed[at : at + size], values.dtype, tuple(values.shape)).copy_(values)
             at += size
         return packed
 
