@@ -24,7 +24,9 @@ from loader.uri import public_uri
 def run(config: Config, control: Control, device: torch.device) -> int:
     """Build, load, report, hand over: every rank of the default process group calls it. Returns the exit code."""
     with control.phase("start"):
-        convert = conversion_of(config.convert)
+        # A model of transformers is loaded as transformers declares; its dense ones mostly have nothing to convert.
+        declared = "transformers" if config.model.builder == "transformers" else None
+        convert = conversion_of(config.convert or declared)
         dims = resolve_mesh(config.mesh, control.world_size)
         user_program = resolve(config.output.entrypoint) if config.output.entrypoint else None
         mesh = make_mesh(dims, device.type)

@@ -8,7 +8,6 @@ goes through the interfaces beneath it, which are private and move: pyproject.to
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,6 +22,7 @@ from transformers.distributed.fsdp import apply_fully_sharded_data_parallelism
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 from transformers.utils import ContextManagers
 
+from loader.convert.transformers import model_class
 from loader.errors import BuilderError, ConfigError, LoaderError
 from loader.place.user_code import told
 
@@ -40,7 +40,7 @@ def build(
     where the architecture is missing, unknown, remote code, or without a TP plan; ConfigError for a mesh it cannot use.
     """
     sizes = _sizes(mesh)
-    cls = _model_class(hf_config)
+    cls = model_class(hf_config)
     try:
         model: nn.Module = _build(cls, hf_config, mesh, sizes, dtype)
     except LoaderError:
@@ -85,29 +85,6 @@ def _sizes(mesh: DeviceMesh | None) -> dict[str, int]:
     if [name for name in given if name in _DP] == ["dp_shard", "dp_replicate"] and given["dp_replicate"] > 1:
         raise ConfigError("mesh: FSDP2 shards within its replicas, so write dp_replicate before dp_shard")
     return {name: given.get(name, 1) for name in (*_DP, "tp")}
-
-
-def _model_class(hf_config: Mapping[str, Any] | PreTrainedConfig) -> type[PreTrainedModel]:
-    fields = hf_config.to_dict() if isinstance(hf_config, PreTrainedConfig) else hf_config
-    names = fields.get("architectures") or []
-    if not names:
-        raise BuilderError(
-            f'config.json names no class under `architectures`: add it (as ["LlamaForCausalLM"]), or {_OWN_BUILDER}'
-        )
-    cls = getattr(transformers, names[0], None)
-    if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
-        return cls
-    if fields.get("auto_map"):
-        raise BuilderError(
-            f"config.json names {names[0]}, whose code is in the checkpoint (`auto_map`): code from a bucket is not "
-            f"run; install it as a package and {_OWN_BUILDER}"
-        )
-    close = difflib.get_close_matches(names[0], dir(transformers), n=3)
-    hint = f" (it has {', '.join(close)})" if close else ""
-    raise BuilderError(
-        f"config.json names {names[0]}, which transformers {transformers.__version__} does not have{hint}; "
-        f"correct `architectures`, or {_OWN_BUILDER}"
-    )
 
 
 def _build(
