@@ -106,10 +106,11 @@ class Watch:
         A rank that failed cannot simply stop: others wait for what it was to send. So each tells the last round that
         it started, and all go on, with empty payloads, to the latest of these.
         """
-        with self._lock:
-            if self._error is None:
-                self._started = number
-                return True
+        if self.error is None:
+            with self._lock:
+                if self._error is None:
+                    self._started = number
+                    return True
         while not self._stop_known.wait(BEAT):
             if self._silent():
                 return False

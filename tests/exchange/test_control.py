@@ -49,7 +49,7 @@ def together(controls, fn, *, within=20):
         try:
             with control:
                 return fn(control)
-        except BaseException as error:
+        except Exception as error:  # noqa: BLE001 - the outcome
             return error
 
     with ThreadPoolExecutor(len(controls)) as pool:
@@ -95,10 +95,7 @@ def test_a_failed_phase_raises_one_error_on_all_with_its_cause_where_it_began(wo
     def work(control):
         with control.phase("work"):
             if control.rank == 2:
-                try:
-                    raise OSError("below")
-                except OSError as error:
-                    raise CatalogError("wrong file") from error
+                raise CatalogError("wrong file") from OSError("below")
 
     outcomes = together(world(4), work)
     assert told(outcomes) == {(CatalogError, "wrong file", 2)}
@@ -188,7 +185,8 @@ def test_a_rank_that_stops_beating_is_lost_to_all(world, lost):
     def run(control):
         control.agree("begin")
         if control.rank in lost:
-            return stop_beating(control)
+            stop_beating(control)
+            return
         control.may_start(0)
         while control.may_start(1):
             time.sleep(0.01)
@@ -208,7 +206,8 @@ def test_a_rank_lost_while_all_end_for_another_error_keeps_nobody(world):
         control.may_start(0)
         control.agree("begin")
         if control.rank == 1:
-            return stop_beating(control)  # before it posts where it stops
+            stop_beating(control)  # before it posts where it stops
+            return
         if control.rank == 0:
             control.fail(StoreError("first"))
         while control.may_start(1):
@@ -271,7 +270,7 @@ def test_a_store_that_is_silent_or_gone_ends_every_rank(world, end):
         def run(control):
             control.may_start(0)
             control.agree("begin")
-            all_here.wait()
+            all_here.wait(10)
             if control.rank == 0:
                 os.kill(host.pid, end)
             begun = time.monotonic()
