@@ -16,7 +16,7 @@ import numpy as np
 from loader.plan.blocks import Block, cut, join, may_join
 from loader.plan.catalog import Entry
 from loader.plan.geometry import Box
-from loader.plan.needs import Classes, Ints
+from loader.plan.needs import Classes, Ints, common
 
 GAP_BYTES = 128 * 1024
 """Unneeded bytes inside a row that are read rather than skipped: at 85 MB/s a connection they take 1.5 ms, a further
@@ -93,35 +93,34 @@ class Pattern(NamedTuple):
 def find_patterns(entries: Sequence[Entry], classes: Classes) -> list[Pattern]:
     """Group the needed keys by what decides how they are cut.
 
-    Each key's needs are folded into one 64-bit number, class by class and group by group, without a Python object a
-    key; keys with equal numbers are one pattern. The multiplier is 2^64 over the golden ratio (Knuth, TAOCP 6.4).
+    What is needed of each key is folded into one 64-bit number, without a Python object a key and once for all classes
+    that share an array of keys; keys with equal numbers are one pattern. The multiplier is 2^64 over the golden ratio
+    (Knuth, TAOCP 6.4).
     """
-    fold = np.zeros(len(entries), np.uint64)
-    golden = np.uint64(0x9E3779B97F4A7C15)
-    seen: dict[tuple[int, tuple[Box, ...]], int] = {}
-    layout: dict[tuple[tuple[int, ...], int], int] = {}
-    owners: list[tuple[int, tuple[Box, ...], Ints]] = []
+    users: dict[int, tuple[Ints, list[tuple[int, tuple[Box, ...]]]]] = {}
     for number, needs in enumerate(classes.needs):
         for group in needs.groups:
-            token = np.uint64(seen.setdefault((number, group.boxes), len(seen)) + 1)
-            fold[group.keys] = (fold[group.keys] ^ token) * golden
-            fold[group.keys] ^= fold[group.keys] >> np.uint64(29)
-            owners.append((number, group.boxes, group.keys))
-    needed = np.flatnonzero(fold)
-    layouts = np.array(
-        [layout.setdefault((entries[k].shape, entries[k].dtype.itemsize), len(layout)) for k in needed.tolist()],
-        np.uint64,
-    )
-    signature = np.stack([fold[needed], layouts])
+            users.setdefault(id(group.keys), (group.keys, []))[1].append((number, group.boxes))
+    fold = np.zeros(len(entries), np.uint64)
+    is_needed = np.zeros(len(entries), bool)
+    golden = np.uint64(0x9E3779B97F4A7C15)
+    for keys, needed_by in users.values():
+        fold[keys] = (fold[keys] ^ np.uint64(hash(tuple(needed_by)) % 2**64)) * golden
+        fold[keys] ^= fold[keys] >> np.uint64(29)
+        is_needed[keys] = True
+    needed = np.flatnonzero(is_needed)
+    layout: dict[tuple[tuple[int, ...], int], int] = {}
+    layouts = [layout.setdefault((entries[k].shape, entries[k].dtype.itemsize), len(layout)) for k in needed.tolist()]
+    signature = np.stack([fold[needed], np.array(layouts, np.uint64)])
     _, first, inverse = np.unique(signature, axis=1, return_index=True, return_inverse=True)
-    leaders = needed[first]
-    order = np.argsort(leaders)
-    by_leader: dict[int, list[tuple[int, Box]]] = {int(k): [] for k in leaders}
-    for number, boxes, keys in owners:
-        for key in np.intersect1d(keys, leaders, assume_unique=True):
-            by_leader[int(key)] += [(number, box) for box in boxes]
-    flat = inverse.reshape(-1)
-    return [Pattern(needed[flat == i], tuple(by_leader[int(leaders[i])])) for i in order]
+    leaders = np.sort(needed[first])
+    by_leader: dict[int, list[tuple[int, Box]]] = {leader: [] for leader in leaders.tolist()}
+    for keys, needed_by in users.values():
+        pairs = [(number, box) for number, boxes in needed_by for box in boxes]
+        for leader in common(keys, leaders).tolist():
+            by_leader[leader] += pairs
+    leader_of = needed[first][inverse.reshape(-1)]
+    return [Pattern(needed[leader_of == leader], tuple(needs)) for leader, needs in by_leader.items()]
 
 
 def cut_extents(entries: Sequence[Entry], classes: Classes, range_bytes: int, round_bytes: int = sys.maxsize) -> Cuts:

@@ -29,9 +29,14 @@ class Box(NamedTuple):
 
     def intersect(self, other: Box) -> Box | None:
         """The common region, or None when it is empty."""
-        offsets = tuple(map(max, self.offsets, other.offsets))
-        sizes = tuple(min(a, b) - o for a, b, o in zip(self.stops, other.stops, offsets, strict=True))
-        return Box(offsets, sizes) if all(s > 0 for s in sizes) else None
+        offsets, sizes = [], []
+        for a, n, b, m in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True):
+            first, stop = max(a, b), min(a + n, b + m)
+            if first >= stop:
+                return None
+            offsets.append(first)
+            sizes.append(stop - first)
+        return Box(tuple(offsets), tuple(sizes))
 
     def subtract(self, other: Box) -> list[Box]:
         """Disjoint boxes that cover what of self is outside `other`: at most two a dim."""

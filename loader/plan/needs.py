@@ -6,8 +6,9 @@ Ranks with equal needs are one *class*: they are planned once, whatever their me
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +21,23 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class NeedGroup:
-    """Keys of one shape that need the same boxes. `keys` are positions in the catalog, ascending."""
+    """Keys of one shape that need the same boxes. `keys` are positions in the catalog, ascending.
+
+    Thousands of ranks need the same keys in other boxes: groups that arrive from other ranks share their arrays.
+    """
 
     keys: Ints
     boxes: tuple[Box, ...]
+
+    def __reduce__(self) -> tuple[Callable[..., NeedGroup], tuple[Ints, tuple[Box, ...]]]:
+        return _arrived, (self.keys, self.boxes)
+
+
+_known_keys: WeakValueDictionary[bytes, Ints] = WeakValueDictionary()
+
+
+def _arrived(keys: Ints, boxes: tuple[Box, ...]) -> NeedGroup:
+    return NeedGroup(_known_keys.setdefault(hashlib.sha256(keys.tobytes()).digest(), keys), boxes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +58,15 @@ class Needs:
     def on(self, keys: Ints) -> Iterator[tuple[int, tuple[Box, ...]]]:
         """The boxes needed of those of `keys` (ascending) that are needed at all, in no particular order."""
         for group in self.groups:
-            for key in np.intersect1d(group.keys, keys, assume_unique=True):
-                yield int(key), group.boxes
+            for key in common(group.keys, keys).tolist():
+                yield key, group.boxes
+
+
+def common(many: Ints, few: Ints) -> Ints:
+    """Those of `few` that are among `many`; both ascending, `many` not empty. Costs little where `few` are few."""
+    at = np.minimum(np.searchsorted(many, few), len(many) - 1)
+    found: Ints = few[many[at] == few]
+    return found
 
 
 def collect_needs(boxes: Iterable[tuple[int, Box]], shapes: Sequence[Shape]) -> Needs:

@@ -3,46 +3,73 @@
 from __future__ import annotations
 
 import heapq
+import sys
+from typing import NamedTuple
 
 import numpy as np
 
 from loader.plan.extents import Cuts
 from loader.plan.needs import Classes, Ints
 
+PASSES = 20
+"""Passes over all pools of readers at most; nested pools are level after the first."""
+
+
+class _Pool(NamedTuple):
+    """The ranks that may read any of `extents`; the extents from the largest to the smallest."""
+
+    ranks: list[int]
+    extents: Ints
+
 
 def assign_readers(cuts: Cuts, classes: Classes) -> Ints:
     """The rank that reads each extent.
 
     Extents with the fewest possible readers are placed first, then those with more fill the valleys they left; within
-    one set of consumers the largest go first, each to the rank with the least so far. For nested consumer sets (a
-    shard's owners within a replica group within the world) no rank is more than one extent over the best balance.
+    one pool of readers the largest go first, each to the rank with the least so far. For nested pools (a shard's owners
+    within a replica group within the world) no rank is then more than one extent over the best balance. Pools that
+    cross (TP's columns, FSDP's rows) are placed anew on top of all others, pass by pass, while the fullest rank gains.
     """
-    members = [classes.members(number) for number in range(len(classes.needs))]
-    sets: dict[bytes, list[int]] = {}
-    for number, kind in enumerate(cuts.kinds):
-        sets.setdefault(kind.classes.tobytes(), []).append(number)
-    pools = [
-        (np.sort(np.concatenate([members[c] for c in cuts.kinds[kinds[0]].classes])), kinds) for kinds in sets.values()
-    ]
-    readers = np.empty(len(cuts.start), np.int64)
-    load = dict.fromkeys(classes.ranks.tolist(), 0)
-    set_of_kind = np.empty(len(cuts.kinds), np.int64)
-    for i, (_, kinds) in enumerate(pools):
-        set_of_kind[kinds] = i
-    set_of = set_of_kind[cuts.kind]
     size = cuts.size
-    for i in sorted(range(len(pools)), key=lambda i: (len(pools[i][0]), pools[i][0].tolist())):
-        ranks = pools[i][0].tolist()
-        extents = np.flatnonzero(set_of == i)
-        if len(ranks) == 1:
-            readers[extents] = ranks[0]
-            load[ranks[0]] += int(size[extents].sum())
-            continue
-        heap = [(load[rank], rank) for rank in ranks]
-        heapq.heapify(heap)
-        for extent in extents[np.argsort(-size[extents], kind="stable")].tolist():
-            least, rank = heap[0]
-            readers[extent] = rank
-            heapq.heapreplace(heap, (least + int(size[extent]), rank))
-        load.update((rank, least) for least, rank in heap)
-    return readers
+    pools = _find_pools(cuts, classes)
+    load = dict.fromkeys(classes.ranks.tolist(), 0)
+    readers = np.full(len(size), -1, np.int64)
+    best, fullest = readers, sys.maxsize
+    for _ in range(PASSES):
+        readers = readers.copy()
+        for pool in pools:
+            _place(pool, size, readers, load)
+        if max(load.values()) >= fullest:
+            break
+        best, fullest = readers, max(load.values())
+    return best
+
+
+def _find_pools(cuts: Cuts, classes: Classes) -> list[_Pool]:
+    """One for each set of consuming classes, the smallest first."""
+    numbers: dict[bytes, int] = {}
+    pool_of_kind = np.array([numbers.setdefault(kind.classes.tobytes(), len(numbers)) for kind in cuts.kinds], np.int64)
+    pool_of = pool_of_kind[cuts.kind]
+    by_size = np.argsort(-cuts.size, kind="stable")
+    pools = []
+    for consumers, number in numbers.items():
+        ranks = classes.ranks[np.isin(classes.class_of, np.frombuffer(consumers, np.int64))]
+        pools.append(_Pool(np.sort(ranks).tolist(), by_size[pool_of[by_size] == number]))
+    return sorted(pools, key=lambda pool: (len(pool.ranks), pool.ranks))
+
+
+def _place(pool: _Pool, size: Ints, readers: Ints, load: dict[int, int]) -> None:
+    """Place the pool's extents, which leave where they were, on top of all others."""
+    sizes = size[pool.extents].tolist()
+    for reader, bytes_ in zip(readers[pool.extents].tolist(), sizes, strict=True):
+        if reader >= 0:
+            load[reader] -= bytes_
+    heap = [(load[rank], rank) for rank in pool.ranks]
+    heapq.heapify(heap)
+    placed = []
+    for bytes_ in sizes:
+        least, rank = heap[0]
+        placed.append(rank)
+        heapq.heapreplace(heap, (least + bytes_, rank))
+    readers[pool.extents] = placed
+    load.update((rank, least) for least, rank in heap)

@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from loader.errors import MemoryBudgetError
 from loader.plan.catalog import Entry
@@ -60,7 +61,15 @@ def test_extents_are_disjoint_and_cover_what_is_needed(job, limits):
     assert plan.needed_bytes == sum(int(wanted.sum()) for wanted in anyone)
 
 
+# Rank 1's two columns are one run in rows 1 and 2, and come in the wrong order.
+STEPS = Job(
+    lay_out([(5, 8)], torch.int64),
+    (((0, Box((0, 0), (5, 5))),), ((0, Box((0, 1), (3, 1))), (0, Box((1, 0), (3, 1))))),
+)
+
+
 @prove
+@example(STEPS, Limits(40, 200, 2))
 @given(jobs(), limits)
 def test_every_rank_is_filled_bit_for_bit_within_its_rounds(job, limits):
     plan, files = plan_of(job, limits), random_files(job)
@@ -103,6 +112,29 @@ def test_every_rank_reads_its_fair_part(mesh, shape):
     read = np.bincount(plan.reader, size, minlength=8)
     assert read.sum() == plan.needed_bytes == sum(e.stop - e.start for e in job.entries)
     assert abs(read - read.mean()).max() <= size.max()
+
+
+def test_readers_are_level_where_rows_and_columns_cross():
+    """FSDP 8 x TP 4 as FSDP2 has it: the first half of an up projection's rows is held by half of the TP ranks, that of
+    a down projection's by half of the FSDP ranks."""
+    up, down = [_StridedShard(0, split_factor=4), Shard(0)], [Shard(0), Shard(1)]
+    job = mesh_job(lay_out([(256, 512)] * 64), (8, 4), lambda key: down if key % 2 else up)
+    plan = plan_of(job, Limits(150 * KiB, MiB, 4))
+    size = plan.stop - plan.start
+    read = np.bincount(plan.reader, size, minlength=32)
+    assert abs(read - read.mean()).max() <= size.max()
+
+
+def test_ranks_that_need_the_same_of_an_extent_are_sent_one_payload():
+    """Columns over TP 4, and a vector of each rank's own: 8 distinct needs, of which 2 each have the same columns."""
+    entries = lay_out([(64, 512)] * 12 + [(8, 4)])
+    tp = mesh_job(entries[:12], (2, 4), [Replicate(), Shard(1)])
+    job = Job(entries, tuple((*boxes, (12, Box((rank, 0), (1, 4)))) for rank, boxes in enumerate(tp.boxes)))
+    limits = Limits(64 * KiB, 145 * KiB, 4)
+    plan = plan_of(job, limits)
+    assert (plan.stop - plan.start).max() == 64 * KiB, "reads of the full size: the payloads of 4, not 8, fit beside it"
+    for rank in exchange(plan, job.entries, random_files(job)):
+        assert 2 * 64 * KiB <= rank.round_bytes <= limits.round_bytes
 
 
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)

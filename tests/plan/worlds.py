@@ -16,7 +16,7 @@ from loader.plan.geometry import Box
 from loader.plan.needs import Classes, collect_needs
 from loader.plan.schedule import Schedule
 
-DTYPES = [torch.bool, torch.float8_e4m3fn, torch.bfloat16, torch.float32, torch.int64, torch.complex64]
+DTYPES = [torch.bfloat16, torch.bool, torch.float8_e4m3fn, torch.float32, torch.int64, torch.complex64]
 
 
 @dataclass(frozen=True)
@@ -85,23 +85,6 @@ def mesh_job(entries, mesh_shape, placements):
 
 
 @st.composite
-def catalogs(draw):
-    entries = []
-    for file in range(draw(st.integers(1, 3))):
-        at = draw(st.integers(0, 40))
-        for _ in range(draw(st.integers(0, 4))):
-            shape = tuple(draw(st.lists(st.sampled_from([1, 2, 3, 5, 8, 0, 13]), max_size=4)))
-            dtype = draw(st.sampled_from(DTYPES))
-            while math.prod(shape) * dtype.itemsize > 800:
-                shape = shape[:-1]
-            at += draw(st.sampled_from([0, 0, 0, 3]))
-            stop = at + math.prod(shape) * dtype.itemsize
-            entries.append(Entry(dtype, shape, file, at, stop))
-            at = stop
-    return tuple(entries)
-
-
-@st.composite
 def layouts(draw, shape, world):
     """One key's boxes for each rank: a mesh's, or what no mesh would make."""
     kind = draw(st.sampled_from(["mesh", "mesh", "own", "any", "nobody"]))
@@ -125,13 +108,30 @@ def layouts(draw, shape, world):
 
 @st.composite
 def jobs(draw):
-    entries = draw(catalogs())
+    """Keys of a few shapes, each with a layout or two: so that keys share patterns, in this dtype and that."""
     world = draw(st.integers(1, 8))
-    by_key = [draw(layouts(entry.shape, world)) for entry in entries]
-    return Job(
-        entries,
-        tuple(tuple((key, box) for key, each in enumerate(by_key) for box in each[rank]) for rank in range(world)),
+    shapes = draw(
+        st.lists(st.lists(st.sampled_from([1, 2, 3, 5, 8, 13, 0]), max_size=4).map(_small), min_size=1, max_size=4)
     )
+    patterns = [(shape, draw(layouts(shape, world))) for shape in shapes]
+    entries, boxes = [], [[] for _ in range(world)]
+    for file in range(draw(st.integers(1, 3))):
+        at = draw(st.integers(0, 40))
+        for shape, layout in draw(st.lists(st.sampled_from(patterns), max_size=4)):
+            dtype = draw(st.sampled_from(DTYPES))
+            at += draw(st.sampled_from([0, 0, 0, 3]))
+            stop = at + math.prod(shape) * dtype.itemsize
+            for own, held in zip(boxes, layout, strict=True):
+                own += [(len(entries), box) for box in held]
+            entries.append(Entry(dtype, shape, file, at, stop))
+            at = stop
+    return Job(tuple(entries), tuple(map(tuple, boxes)))
+
+
+def _small(shape):
+    while math.prod(shape) > 120:
+        shape = shape[:-1]
+    return tuple(shape)
 
 
 @dataclass
