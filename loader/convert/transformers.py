@@ -43,7 +43,7 @@ def convert(checkpoint: Mapping[str, Tensor], hf_config: PreTrainedConfig) -> It
 
 
 def conversion_for(model: PreTrainedModel) -> Convert:
-    """The same for a model at hand, not yet sharded, of another class than the config's: a BertModel from a BertForX."""
+    """The same for a model at hand, not yet sharded, of another class than the config's: a BertModel, say."""
     return lambda checkpoint, _: _converted(model, checkpoint)
 
 
