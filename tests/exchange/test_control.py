@@ -10,6 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
 import pytest
 from torch.distributed import HashStore, TCPStore
 
@@ -273,6 +274,9 @@ def test_a_store_that_is_silent_or_gone_ends_every_rank(world, end):
             all_here.wait(10)
             if control.rank == 0:
                 os.kill(host.pid, end)
+                while psutil.Process(host.pid).status() not in {psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE}:
+                    time.sleep(0.001)
+            all_here.wait(10)
             begun = time.monotonic()
             try:
                 if control.rank == 1:
