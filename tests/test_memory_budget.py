@@ -1,0 +1,116 @@
+"""A rank's host memory above its own shards stays within the budget, however large the checkpoint and its tensors."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from loader.library import load  # now: imports are no part of a load
+from loader.report import Report
+from tests.ranks import run_ranks
+from tests.shards import write_file
+
+MIB = 1 << 20
+BUDGET = 16 * MIB
+CLIENT = 20 * MIB
+"""What an open S3 client costs, whatever it reads: botocore's models. The report's baseline comes after it."""
+LAYOUTS = {"fsdp": Shard(0), "tp columns": Shard(1), "replicated": Replicate()}
+SHAPES = {"large": (4096, 2560), **{f"layers.{n}": (2048, 1024) for n in range(11)}, "odd": (1021, 513)}
+
+
+class Peak:
+    """The most anonymous memory that the kernel counts while the context lasts, above that at its begin."""
+
+    def __enter__(self):
+        self.before = self.peak = self._now()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._done.set()
+        self._thread.join()
+
+    @property
+    def bytes(self) -> int:
+        return self.peak - self.before
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.002):
+            self.peak = max(self.peak, self._now())
+
+    def _now(self) -> int:
+        status = Path("/proc/self/status").read_text()
+        return sum(int(kilobytes) * 1024 for kilobytes in re.findall(r"Rss(?:Anon|Shmem):\s+(\d+) kB", status))
+
+
+def _tensor(key: str) -> torch.Tensor:
+    """Every element tells its key and place."""
+    shape = SHAPES[key]
+    first = list(SHAPES).index(key) * 1_000_003
+    return torch.arange(first, first + shape[0] * shape[1], dtype=torch.int32).view(shape).view(torch.float32)
+
+
+def _load(uri: str, options: Mapping, layout: str) -> tuple[list[str], int, Report]:
+    mesh = init_device_mesh("cpu", (4,))
+    placement = LAYOUTS[layout]
+    state = {}
+    for key, shape in SHAPES.items():
+        local = list(shape)
+        if isinstance(placement, Shard):
+            first, stop = _part(shape[placement.dim])
+            local[placement.dim] = stop - first
+        # Touched before the load, so that all that comes on top is the load's.
+        shard = torch.full(local, -1.0)
+        state[key] = DTensor.from_local(shard, mesh, [placement], run_check=False, shape=shape, stride=(shape[1], 1))
+    with Peak() as peak:
+        report = load(state, uri, storage_options=options, memory_budget=BUDGET, range_size="4MiB")
+    wrong = [key for key, each in state.items() if not _right(each.to_local(), _tensor(key), placement)]
+    return wrong, peak.bytes, report
+
+
+def _part(size: int) -> tuple[int, int]:
+    step = -(-size // 4)
+    return tuple(min(size, step * n) for n in (int(os.environ["RANK"]), int(os.environ["RANK"]) + 1))
+
+
+def _right(local: torch.Tensor, whole: torch.Tensor, placement: Shard | Replicate) -> bool:
+    if isinstance(placement, Shard):
+        first, stop = _part(whole.shape[placement.dim])
+        whole = whole.narrow(placement.dim, first, stop - first)
+    return torch.equal(local.view(torch.int32), whole.view(torch.int32))
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("checkpoint")
+    path = directory / "model.safetensors"
+    write_file(path, {key: _tensor(key) for key in SHAPES})
+    assert path.stat().st_size >= 8 * BUDGET
+    assert _tensor("large").nbytes > 2 * BUDGET
+    return directory
+
+
+def _check(uri: str, options: Mapping, layout: str, allowed: int) -> None:
+    for wrong, peak, report in run_ranks(4, _load, uri, options, layout):
+        assert wrong == []
+        assert peak <= allowed
+        assert 0 < report.memory.peak_over_shards_bytes <= BUDGET == report.memory.budget_bytes
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_peak_above_the_shards_is_within_the_budget(s3, directory, layout):
+    _check(s3.put(directory), s3.storage_options, layout, BUDGET + CLIENT)
+
+
+def test_without_a_bucket_s_client_there_is_nothing_to_allow_for(directory):
+    _check(str(directory), {}, "tp columns", BUDGET)
