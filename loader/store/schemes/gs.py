@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from typing import Any
+from urllib.parse import quote
 
 from fsspec.core import url_to_fs
 
@@ -26,7 +27,7 @@ class GsScheme:
         listing: dict[str, str] = {"delimiter": "/", "prefix": f"{prefix}/" if prefix else ""}
         names: list[str] = []
         while True:
-            page = self._json(f"{self.fs.base}/b/{bucket}/o", listing)
+            page = self._json(self._url(bucket), listing)
             names += [item["name"].rsplit("/", 1)[-1] for item in page.get("items", ())]
             if not page.get("nextPageToken"):
                 return [name for name in names if name]
@@ -34,7 +35,7 @@ class GsScheme:
 
     def stat(self, name: str) -> Stat:
         bucket, key, _ = self.fs.split_path(f"{self.path}/{name}")
-        found = self._json(self._object_url(bucket, key), {})
+        found = self._json(self._url(bucket, key), {})
         return Stat(int(found["size"]), str(found["generation"]))
 
     def read(self, name: str, pin: str, start: int, buffer: memoryview) -> None:
@@ -44,7 +45,7 @@ class GsScheme:
 
         async def get() -> None:
             async with await self._request(
-                self._object_url(bucket, key), {"alt": "media", "generation": pin}, wanted
+                self._url(bucket, key), {"alt": "media", "generation": pin}, wanted
             ) as reply:
                 check_status(reply.status, reply.reason)
                 if (found := reply.headers.get("x-goog-generation", pin)) != pin:
@@ -75,10 +76,10 @@ class GsScheme:
             timeout=self.timeout,
         )
 
-    def _object_url(self, bucket: str, key: str) -> str:
-        from urllib.parse import quote
-
-        return f"{self.fs.base}/b/{bucket}/o/{quote(key, safe='')}"
+    def _url(self, bucket: str, key: str | None = None) -> str:
+        """Of an object, or of the bucket's listing."""
+        objects = f"{self.fs.base.rstrip('/')}/b/{bucket}/o"
+        return objects if key is None else f"{objects}/{quote(key, safe='')}"
 
 
 def open_scheme(access: Access) -> Scheme:
