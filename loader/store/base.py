@@ -29,12 +29,13 @@ class Scheme(Protocol):
         """Names of the files directly in the directory; None where the scheme cannot list."""
 
     def stat(self, name: str) -> Stat:
-        """Size and pin of one file. Raises FileNotFoundError, PermissionError, or `Transient`."""
+        """Size and pin of one file. Raises FileNotFoundError, PermissionError, `Unusable` or `Transient`."""
 
     def read(self, name: str, pin: str, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes from `start` on, of the version that `pin` names.
 
-        Raises PinError when the object is another now, and `Transient` for whatever another try may mend.
+        Raises PinError when the object is another now, PermissionError, `Unusable`, and `Transient` for whatever
+        another try may mend.
         """
 
 
@@ -48,6 +49,26 @@ class Transient(Exception):  # noqa: N818 - it is a verdict on an error, told ap
         super().__init__(message)
         self.filled = filled
         self.throttled = throttled
+
+
+class Unusable(Exception):  # noqa: N818 - as above
+    """No other try will mend it, and it is no question of credentials: a request that the server calls wrong."""
+
+
+def told(error: BaseException) -> str:
+    """`error` in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
+
+
+def refusal(status: int, what: str) -> Exception | None:
+    """What an unsuccessful HTTP status means for a read; None where it is no such status. `what` is the answer."""
+    if status in (404, 410, 412, 416):  # also: another object than asked for, or a shorter one
+        return FileNotFoundError(what)
+    if status in (401, 403):
+        return PermissionError(what)
+    if status in (408, 425, 429) or status >= 500:
+        return Transient(what, throttled=status in (429, 503))
+    return Unusable(what) if status >= 300 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +123,14 @@ def changed(name: str, pin: str, found: str) -> PinError:
         f"{name}: changed while it was read: pinned {pin}, found {found}. "
         "Nothing was mixed: start again, and keep a checkpoint's files unchanged under one URI"
     )
+
+
+def pin_now(scheme: Scheme, name: str) -> str:
+    """The pin of the object that took the place of the one catalogued, as far as the store tells."""
+    try:
+        return scheme.stat(name).pin
+    except (OSError, Transient, Unusable):
+        return "no such object"
 
 
 def run_on_loop(loop: Any, call: Callable[[], Awaitable[T]]) -> T:

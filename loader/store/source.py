@@ -79,7 +79,7 @@ def _read_whole(store: Store, name: str, limit: int) -> bytes:
 def _stat(store: Store, name: str) -> Stat:
     stat = store.stat(name)
     if stat is None:
-        there = store.names()
-        beside = f"; there are {', '.join(there[:20]) or 'no files'}" if there and store.only is None else ""
+        there = store.beside()
+        beside = "" if there is None else f"; there are {', '.join(there[:20]) or 'no files'}"
         raise CatalogError(f"{store.uri}: no file {name}{beside}. Check the URI, or upload what is missing")
     return stat

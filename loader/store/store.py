@@ -10,12 +10,19 @@ from typing import TypeVar
 
 import tenacity
 
-from loader.errors import CatalogError, StoreError
-from loader.store.base import Access, Scheme, Stat, Transient
+from loader.errors import CatalogError, LoaderError, StoreError
+from loader.store.base import Access, Scheme, Stat, Transient, Unusable, told
 from loader.store.schemes import open_scheme
+from loader.store.secrets import Secrets
 from loader.uri import public_uri
 
 T = TypeVar("T")
+
+REFUSED = (
+    ". Check the credentials (the usual chain: environment, profile, instance role; or source.storage_options), that "
+    "they may list and read this prefix, the region and the endpoint"
+)
+UNREACHED = "Check the endpoint and the network, or raise read.retries or read.deadline"
 
 FIRST_WAIT = 0.1
 LONGEST_WAIT = 10.0
@@ -49,6 +56,7 @@ class Store:
         directory, self.only = split_uri(access.uri)
         self.uri = public_uri(access.uri)
         self.tally = Tally()
+        self._secrets = Secrets(access.storage_options)
         self._directory = public_uri(directory)
         self._retries = retries
         self._until = time.monotonic() + deadline
@@ -57,19 +65,26 @@ class Store:
             self._scheme: Scheme = open_scheme(
                 Access(directory, access.storage_options, access.concurrency, access.timeout)
             )
-        except (ImportError, ValueError, TypeError) as error:
-            raise CatalogError(f"{self.uri}: cannot be opened: {error}") from error
+        except Exception as error:  # noqa: BLE001 - whatever a client library raises where it is given what it cannot use
+            raise CatalogError(
+                f"{self.uri}: cannot be opened: {self._secrets.hide(told(error))}. "
+                "Check the URI, source.storage_options and the credentials"
+            ) from self._secrets.cause(error)
 
     def names(self) -> list[str] | None:
         """Names of the files in the directory, sorted; None where the scheme cannot list. Raises CatalogError."""
         if self.only is not None:
             return [self.only]
+        return self.beside()
+
+    def beside(self) -> list[str] | None:
+        """As `names`, also where the URI names one file."""
         try:
             found = self._try(self._scheme.names, "the listing")
         except (FileNotFoundError, NotADirectoryError) as error:
-            raise CatalogError(f"{self.uri}: no such directory, bucket or prefix ({error})") from error
-        except PermissionError as error:
-            raise self._forbidden(error) from error
+            raise self._told(CatalogError, "no such directory, bucket or prefix: ", error) from None
+        except (PermissionError, Unusable) as error:
+            raise self._told(CatalogError, "", error, REFUSED) from self._secrets.cause(error)
         return None if found is None else sorted(found)
 
     def stat(self, name: str) -> Stat | None:
@@ -78,8 +93,8 @@ class Store:
             return self._try(lambda: self._scheme.stat(name), name)
         except FileNotFoundError:
             return None
-        except PermissionError as error:
-            raise self._forbidden(error) from error
+        except (PermissionError, Unusable) as error:
+            raise self._told(CatalogError, "", error, REFUSED) from self._secrets.cause(error)
 
     def read_small(self, name: str, stat: Stat) -> bytes:
         """A whole small object (config, index): not counted as a GET of a checkpoint file."""
@@ -117,10 +132,10 @@ class Store:
         where = f"{name} bytes {start}-{start + len(buffer) - 1}"
         try:
             self._try(attempt, where)
-        except PermissionError as error:
-            raise StoreError(
-                f"{self._directory}: {where}: {error}: the credentials worked before, and no more"
-            ) from error
+        except (PermissionError, Unusable) as error:
+            raise self._told(
+                StoreError, f"{where}: ", error, ": the store answered before, and refuses now"
+            ) from self._secrets.cause(error)
 
     def _try(self, call: Callable[[], T], what: str) -> T:
         retrying = tenacity.Retrying(
@@ -138,17 +153,16 @@ class Store:
         try:
             return retrying(call)
         except Transient as error:
-            tries = retrying.statistics["attempt_number"]
-            raise StoreError(
-                f"{self._directory}: {what}: {error} ({tries} tries; read.retries is {self._retries}). "
-                "Check the endpoint and the network, or raise read.retries or read.deadline"
-            ) from error
+            how = f"{retrying.statistics['attempt_number']} tries; read.retries is {self._retries}"
+            raise self._told(StoreError, f"{what}: ", error, f" ({how}). {UNREACHED}") from self._secrets.cause(error)
+        except (LoaderError, OSError, Unusable):
+            raise
+        except Exception as error:  # noqa: BLE001 - a client library's, in a case that its scheme does not know
+            raise self._told(StoreError, f"{what}: ", told(error)) from self._secrets.cause(error)
 
-    def _forbidden(self, error: Exception) -> CatalogError:
-        return CatalogError(
-            f"{self.uri}: {error}. Check the credentials (the usual chain: environment, profile, instance role; or "
-            "source.storage_options) and that they may list and read this prefix"
-        )
+    def _told(self, kind: type[LoaderError], before: str, error: object, after: str = "") -> LoaderError:
+        """The error of our own that tells another, without its secrets."""
+        return kind(f"{self._directory}: {before}{self._secrets.hide(str(error))}{after}")
 
 
 def split_uri(uri: str) -> tuple[str, str | None]:

@@ -7,8 +7,9 @@ from typing import Any
 from urllib.parse import quote
 
 from fsspec.core import url_to_fs
+from google.auth.exceptions import GoogleAuthError, TransportError
 
-from loader.store.base import Access, Filler, Scheme, Stat, changed, run_on_loop
+from loader.store.base import Access, Filler, Scheme, Stat, Transient, changed, pin_now, run_on_loop, told
 from loader.store.schemes.web import call, check_status, fill, socket_timeout
 
 SCHEMES = ("gs", "gcs")
@@ -55,7 +56,7 @@ class GsScheme:
         try:
             call(self.fs.loop, get, filler)
         except FileNotFoundError as error:
-            raise changed(name, pin, "no such generation") from error
+            raise changed(name, pin, pin_now(self, name)) from error
 
     def _json(self, url: str, params: dict[str, str]) -> dict[str, Any]:
         async def get() -> dict[str, Any]:
@@ -69,12 +70,13 @@ class GsScheme:
     async def _request(self, url: str, params: dict[str, str], headers: dict[str, str]) -> Any:
         """A request with gcsfs's own session, credentials and project; gcsfs's `cat_file` checks no reply."""
         await self.fs._set_session()  # noqa: SLF001
-        return self.fs.session.get(
-            url,
-            params=self.fs._get_params(params),  # noqa: SLF001
-            headers=self.fs._get_headers({**headers, "Accept-Encoding": "identity"}),  # noqa: SLF001
-            timeout=self.timeout,
-        )
+        try:
+            allowed = self.fs._get_headers({**headers, "Accept-Encoding": "identity"})  # noqa: SLF001
+        except TransportError as error:
+            raise Transient(told(error)) from error
+        except GoogleAuthError as error:
+            raise PermissionError(f"no usable credentials: {told(error)}") from error
+        return self.fs.session.get(url, params=self.fs._get_params(params), headers=allowed, timeout=self.timeout)  # noqa: SLF001
 
     def _url(self, bucket: str, key: str | None = None) -> str:
         """Of an object, or of the bucket's listing."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fsspec.core import url_to_fs
 
-from loader.store.base import Access, Filler, Scheme, Stat, Transient, changed
+from loader.store.base import Access, Filler, Scheme, Stat, Transient, changed, told
 
 SCHEMES = ("file", "local")
 
@@ -41,7 +41,7 @@ class LocalScheme:
                 filler.filled += count
             filler.finish()
         except OSError as error:
-            raise Transient(f"{type(error).__name__}: {error}") from error
+            raise Transient(told(error)) from error
         finally:
             os.close(descriptor)
 

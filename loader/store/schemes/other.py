@@ -6,7 +6,7 @@ from typing import Any
 
 from fsspec.core import url_to_fs
 
-from loader.store.base import Access, Filler, Scheme, Stat, Transient, changed
+from loader.store.base import Access, Filler, Scheme, Stat, Transient, changed, told
 
 SCHEMES = ()
 
@@ -40,7 +40,7 @@ class OtherScheme:
         except PermissionError:
             raise
         except OSError as error:
-            raise Transient(f"{type(error).__name__}: {error}") from error
+            raise Transient(told(error)) from error
         filler.finish()
 
 

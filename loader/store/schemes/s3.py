@@ -4,30 +4,39 @@ from __future__ import annotations
 
 from typing import Any
 
+from aiohttp import ClientError as HttpError
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    CredentialRetrievalError,
     NoCredentialsError,
+    ParamValidationError,
     PartialCredentialsError,
 )
 from fsspec.core import url_to_fs
 
-from loader.store.base import Access, Filler, Scheme, Stat, Transient, changed, check_reply, run_on_loop
+from loader.store.base import (
+    Access,
+    Filler,
+    Scheme,
+    Stat,
+    Transient,
+    changed,
+    check_reply,
+    pin_now,
+    refusal,
+    run_on_loop,
+    told,
+)
 
 SCHEMES = ("s3", "s3a")
 
-THROTTLED = {"SlowDown", "RequestLimitExceeded", "Throttling", "ThrottlingException", "503", "429"}
-FORBIDDEN = {
-    "AccessDenied",
-    "InvalidAccessKeyId",
-    "SignatureDoesNotMatch",
-    "ExpiredToken",
-    "InvalidToken",
-    "403",
-    "401",
-}
-MISSING = {"NoSuchKey", "NoSuchBucket", "404"}
+# Answers whose status says less than their code.
+THROTTLED = {"SlowDown", "RequestLimitExceeded", "Throttling", "ThrottlingException"}
+TRANSIENT = {"InternalError", "RequestTimeout", "RequestTimeTooSkewed", "IncompleteBody"}
+FORBIDDEN = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
 CHUNK = 256 * 1024
+_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError)
 
 
 class S3Scheme:
@@ -69,7 +78,7 @@ class S3Scheme:
         try:
             self._call(fill)
         except FileNotFoundError as error:
-            raise changed(name, pin, "no such object") from error
+            raise changed(name, pin, pin_now(self, name)) from error
         except Transient as error:
             error.filled = filler.filled
             raise
@@ -80,8 +89,11 @@ class S3Scheme:
             return run_on_loop(self.fs.loop, call)
         except Transient:
             raise
-        except (ClientError, BotoCoreError, OSError, TimeoutError) as error:
-            raise _translated(error) from error
+        except (ClientError, BotoCoreError, HttpError, OSError) as error:
+            translated = _translated(error)
+            if translated is error:
+                raise
+            raise translated from error
 
 
 def _translated(error: BaseException) -> Exception:
@@ -94,23 +106,26 @@ def _translated(error: BaseException) -> Exception:
 
 def _of_client(error: BaseException) -> Exception:
     """Without an answer: the client has no credentials, or the network failed it."""
-    if isinstance(error, NoCredentialsError | PartialCredentialsError):
-        return PermissionError(f"no usable credentials: {error}")
     if isinstance(error, FileNotFoundError | PermissionError):
         return error
-    return Transient(f"{type(error).__name__}: {error}")
+    if isinstance(error, _CREDENTIALS):
+        return PermissionError(f"no usable credentials: {error}")
+    if isinstance(error, ParamValidationError):  # a bucket's name that cannot be one
+        return FileNotFoundError(" ".join(str(error).split()))
+    return Transient(told(error))
 
 
 def _of_answer(cause: ClientError) -> Exception:
-    code = str(cause.response.get("Error", {}).get("Code"))
+    answer = cause.response.get("Error", {})
+    code = str(answer.get("Code"))
     status = cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    if code in MISSING or status == 404:
-        return FileNotFoundError(code)
-    if code in FORBIDDEN or status in (401, 403):
-        return PermissionError(f"{code}: {cause.response.get('Error', {}).get('Message', '')}")
-    if code in {"PreconditionFailed", "412"}:
-        return FileNotFoundError("another object (If-Match failed)")
-    return Transient(f"{code} (status {status})", throttled=code in THROTTLED or status in (429, 503))
+    named = "" if code == str(status) else f", {code}"
+    what = f"status {status}{named}: {answer.get('Message', '')}".rstrip(":. ")
+    if code in FORBIDDEN:
+        return PermissionError(what)
+    if code in THROTTLED or code in TRANSIENT:
+        return Transient(what, throttled=code in THROTTLED)
+    return refusal(status, what) or Transient(what)
 
 
 def open_scheme(access: Access) -> Scheme:

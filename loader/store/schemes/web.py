@@ -8,21 +8,28 @@ from urllib.parse import urlsplit, urlunsplit
 import aiohttp
 from fsspec.core import url_to_fs
 
-from loader.store.base import Access, Filler, Scheme, Stat, Transient, changed, check_reply, run_on_loop
+from loader.store.base import (
+    Access,
+    Filler,
+    Scheme,
+    Stat,
+    Transient,
+    Unusable,
+    changed,
+    check_reply,
+    pin_now,
+    refusal,
+    run_on_loop,
+    told,
+)
 
 SCHEMES = ("http", "https")
 
 
 def check_status(status: int, reason: str | None) -> None:
-    """Turn an unsuccessful status into the error that says what it means for a read."""
-    if status in (404, 410):
-        raise FileNotFoundError(f"status {status}")
-    if status in (401, 403):
-        raise PermissionError(f"status {status} {reason}")
-    if status == 412:
-        raise FileNotFoundError("another object (the precondition failed)")
-    if status >= 400:
-        raise Transient(f"status {status} {reason}", throttled=status in (429, 503))
+    """Raise what an unsuccessful status means for a read."""
+    if (error := refusal(status, f"status {status} {reason or ''}".rstrip())) is not None:
+        raise error
 
 
 async def fill(reply: aiohttp.ClientResponse, start: int, filler: Filler) -> None:
@@ -46,8 +53,12 @@ def call(loop: Any, coroutine: Any, filler: Filler | None = None) -> Any:
     except Transient as error:
         error.filled = filler.filled if filler else 0
         raise
-    except (TimeoutError, aiohttp.ClientError, ConnectionError) as error:
-        raise Transient(f"{type(error).__name__}: {error}", filled=filler.filled if filler else 0) from error
+    except aiohttp.InvalidURL as error:
+        raise Unusable("this is no valid URL") from error
+    except (TimeoutError, aiohttp.ClientError, OSError) as error:
+        if isinstance(error, FileNotFoundError | PermissionError):
+            raise
+        raise Transient(told(error), filled=filler.filled if filler else 0) from error
 
 
 def socket_timeout(seconds: float) -> aiohttp.ClientTimeout:
@@ -70,6 +81,8 @@ class WebScheme:
         async def head() -> Stat:
             async with self._request("HEAD", name, {}, await self.fs.set_session()) as reply:
                 check_status(reply.status, reply.reason)
+                if "Content-Length" not in reply.headers:
+                    raise Unusable("the server does not tell the size of its objects: no Content-Length for a HEAD")
                 return Stat(int(reply.headers["Content-Length"]), _pin(reply))
 
         return call(self.fs.loop, head)  # type: ignore[no-any-return]
@@ -80,14 +93,14 @@ class WebScheme:
 
         async def get() -> None:
             async with self._request("GET", name, headers, await self.fs.set_session()) as reply:
-                if reply.status < 400 and (found := _pin(reply)) != pin:
+                if reply.status < 300 and (found := _pin(reply)) != pin:
                     raise changed(name, pin, found)
                 await fill(reply, start, filler)
 
         try:
             call(self.fs.loop, get, filler)
         except FileNotFoundError as error:
-            raise changed(name, pin, "no such object") from error
+            raise changed(name, pin, pin_now(self, name)) from error
 
     def _request(self, method: str, name: str, headers: dict[str, str], session: Any) -> Any:
         options = {k: v for k, v in self.fs.kwargs.items() if k != "headers"}
@@ -103,7 +116,7 @@ class WebScheme:
 def _pin(reply: aiohttp.ClientResponse) -> str:
     found = reply.headers.get("ETag") or reply.headers.get("Last-Modified")
     if not found:
-        raise PermissionError("the server sends neither ETag nor Last-Modified: its objects cannot be pinned")
+        raise Unusable("the server sends neither ETag nor Last-Modified: its objects cannot be pinned")
     return found
 
 
