@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from loader.config import Read
 from loader.convert.conversion import Outputs
-from loader.convert.graph import Node, keys_of
+from loader.convert.graph import Node, keys_of, size_of
 from loader.convert.lazy import Convert
 from loader.exchange.control import Control
 from loader.job import Job, conversion_of
 from loader.place.targets import targets_of
 from loader.report import Report
+from loader.stream.buffers import own_memory
 from loader.stream.demand import check_unused
 
 
@@ -80,7 +79,7 @@ def iter_convert(
             used = {key for node in job.outputs.values() for key in keys_of(node)}
             check_unused([frozenset(job.names.values()) - used], list(job.source.catalog.entries))
     for batch in _batches(job.outputs, budget):
-        tensors = {fqn: torch.empty(node.shape, dtype=node.dtype) for fqn, node in batch.items()}
+        tensors = {fqn: own_memory(size_of(node)).view(node.dtype).view(node.shape) for fqn, node in batch.items()}
         with Control(None, 0, 1) as control:
             job.fill(targets_of(tensors), (), control, show=False)
         while tensors:
@@ -94,12 +93,11 @@ def _batches(outputs: Outputs, limit: int) -> Iterator[dict[str, Node]]:
     batch: dict[str, Node] = {}
     size = 0
     for fqn, node in outputs.items():
-        own = math.prod(node.shape) * node.dtype.itemsize
-        if batch and size + own > limit:
+        if batch and size + size_of(node) > limit:
             yield batch
             batch, size = {}, 0
         batch[fqn] = node
-        size += own
+        size += size_of(node)
     if batch:
         yield batch
 

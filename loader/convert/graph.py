@@ -6,6 +6,7 @@ and nothing of data.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -114,6 +115,11 @@ class Combine(Node):
     @property
     def inputs(self) -> tuple[Node, ...]:
         return self.parts
+
+
+def size_of(node: Node) -> int:
+    """Its bytes."""
+    return math.prod(node.shape) * node.dtype.itemsize
 
 
 def combines(node: Node) -> bool:

@@ -171,6 +171,26 @@ def _full(x: Node, dim: int, size: int, value: float) -> Node:
     return Constant(shape, x.dtype, torch.full((), value, dtype=x.dtype).expand(shape))
 
 
+@rule(aten.new_zeros.default, aten.zeros_like.default)
+def _zeros(out: Tensor, *_: Any, **__: Any) -> Node:
+    return Constant(*_like(out), torch.zeros((), dtype=out.dtype).expand(out.shape))
+
+
+@rule(aten.new_ones.default, aten.ones_like.default)
+def _ones(out: Tensor, *_: Any, **__: Any) -> Node:
+    return Constant(*_like(out), torch.ones((), dtype=out.dtype).expand(out.shape))
+
+
+@rule(aten.new_full.default)
+def _new_full(out: Tensor, _: Node, __: Any, value: float, **___: Any) -> Node:
+    return Constant(*_like(out), torch.full((), value, dtype=out.dtype).expand(out.shape))
+
+
+@rule(aten.full_like.default)
+def _full_like(out: Tensor, _: Node, value: float, **__: Any) -> Node:
+    return Constant(*_like(out), torch.full((), value, dtype=out.dtype).expand(out.shape))
+
+
 @rule(aten.clone.default, aten.contiguous.default, aten.detach.default, aten.alias.default, aten.lift_fresh.default)
 def _same(_: Tensor, x: Node, **__: Any) -> Node:
     return x

@@ -14,6 +14,16 @@ ALIGNMENT = 64
 _INTEGERS = {2: np.int16, 4: np.int32, 8: np.int64}
 
 
+def own_memory(size: int) -> Tensor:
+    """`size` bytes (uint8) that go back to the system when they are let go.
+
+    Not from malloc, which keeps what is freed, for other sizes than are asked for next.
+    """
+    if not size:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANON), dtype=torch.uint8)
+
+
 class Slot:
     """The memory of one round at a time. It grows to the largest round and is never given back before the end."""
 
@@ -26,8 +36,7 @@ class Slot:
         need = size + 2 * ALIGNMENT * takes
         if need > self._memory.numel():
             self._memory = torch.empty(0, dtype=torch.uint8)  # free the old one before the new one exists
-            # Not from malloc, which keeps what is freed, for other sizes than are asked for next.
-            self._memory = torch.frombuffer(mmap.mmap(-1, need, mmap.MAP_PRIVATE | mmap.MAP_ANON), dtype=torch.uint8)
+            self._memory = own_memory(need)
         self._used = 0
 
     def take(self, size: int, phase: int = 0) -> Tensor:

@@ -86,18 +86,19 @@ def fill(
         slots=limits.rounds_in_flight,
         concurrency=concurrency,
     )
-    total = planned.plan.read_bytes if share == "world" else planned.needed_bytes
     landings.fill()
     try:
-        _run(pipeline, control, total if show else None)
+        _run(pipeline, control, planned.read_bytes if show else None)
     finally:
         if transport is not None and not isinstance(control.error, LostRankError):
             transport.close()
+    peak = memory.stop()
+    memory.landed = lambda: 0  # what has landed is the caller's alone now
     return Loaded(
         planned.needed_bytes,
         pipeline.exchanged_bytes,
         sum(target.tensor.numel() * target.tensor.element_size() for target in targets),
-        memory.stop(),
+        peak,
         plan_seconds,
         pipeline.seconds,
     )

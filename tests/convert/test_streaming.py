@@ -1,0 +1,170 @@
+"""Conversions on several ranks: what lands is a slice of the whole conversion, and no more is read than it needs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard
+
+import loader
+from loader.errors import CoverageError
+from loader.memory import PeakMemory
+from tests.checkpoints import same_bits
+from tests.proxy import CountingProxy
+from tests.ranks import run_ranks
+from tests.shards import blank, shard, write_file
+
+WORLD = 4
+MIB = 1 << 20
+EARLY = 64 * 1024
+EXPERTS = 8
+FILE = "model.safetensors"
+
+
+def whole() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    shapes = {"q": (256, 128), "norm": (128,), "fused": (512, 128), "a": (128, 256), "b": (128, 256)}
+    shapes |= {f"experts.{e}.w": (64, 128) for e in range(EXPERTS)}
+    return {key: torch.randn(shape).to(torch.bfloat16) for key, shape in shapes.items()}
+
+
+def rotary(keys: Mapping[str, Tensor], _: Any) -> Iterator[tuple[str, Tensor]]:
+    yield "wq", keys["q"].view(8, 2, 16, 128).transpose(1, 2).reshape(256, 128)
+
+
+def stacked(keys: Mapping[str, Tensor], _: Any) -> Iterator[tuple[str, Tensor]]:
+    yield "w", torch.stack([keys[f"experts.{e}.w"] for e in range(EXPERTS)]).transpose(1, 2)
+
+
+def split(keys: Mapping[str, Tensor], _: Any) -> Iterator[tuple[str, Tensor]]:
+    gate, up = keys["fused"].chunk(2, 0)
+    yield "gate", gate
+    yield "up", up.t().contiguous()
+
+
+def shifted(keys: Mapping[str, Tensor], _: Any) -> Iterator[tuple[str, Tensor]]:
+    yield "norm", keys["norm"] + 1.0
+    yield "padded", torch.cat([keys["a"], keys["a"].new_zeros(4, 256)])
+
+
+def merged(keys: Mapping[str, Tensor], _: Any) -> Iterator[tuple[str, Tensor]]:
+    yield "sum", (keys["a"].float() + keys["b"].float() * 0.5).to(torch.bfloat16)
+
+
+CONVERSIONS = {
+    "rotary": (rotary, ["q"]),
+    "stacked": (stacked, [f"experts.{e}.w" for e in range(EXPERTS)]),
+    "split": (split, ["fused"]),
+    "shifted": (shifted, ["norm", "a"]),
+    "merged": (merged, ["a", "b"]),
+}
+LAYOUTS = {
+    "fsdp": ((4,), [Shard(0)]),
+    "last dim": ((4,), [Shard(-1)]),
+    "hsdp": ((2, 2), [Replicate(), Shard(0)]),
+    "both dims": ((2, 2), [Shard(0), Shard(1)]),
+    "replicated": ((4,), [Replicate()]),
+}
+
+
+@pytest.fixture(scope="module")
+def bucket(s3, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("checkpoint")
+    write_file(directory / FILE, whole())
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 128}))
+    with CountingProxy(s3.endpoint) as proxy:
+        yield s3.put(directory), proxy, s3.at(proxy.url).storage_options, directory
+
+
+def load_all(uri: str, options: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
+    found = {}
+    for name, (convert, keys) in CONVERSIONS.items():
+        expected = dict(convert(whole(), None))
+        ignore = [key for key in whole() if key not in keys]
+        for layout, (sizes, placements) in LAYOUTS.items():
+            mesh = init_device_mesh("cpu", sizes)
+            state = {}
+            for fqn, tensor in expected.items():
+                fitting = [p if not isinstance(p, Shard) or p.dim < tensor.ndim else Replicate() for p in placements]
+                state[fqn] = blank(shard(tensor, mesh, fitting))
+            report = loader.load(
+                state, uri, convert=convert, storage_options=options, ignore=ignore, range_size="64KiB"
+            )
+            wrong = [
+                fqn for fqn, tensor in expected.items()
+                if not same_bits(state[fqn].to_local(), shard(tensor, mesh, state[fqn].placements).to_local())
+            ]  # fmt: skip
+            found[name, layout] = wrong, report.needed_bytes, report.fetched_bytes
+    return found
+
+
+def test_every_conversion_lands_bit_for_bit_and_reads_each_byte_once(bucket) -> None:
+    uri, _, options, _ = bucket
+    header = EARLY + 8 * 1024
+    for found in run_ranks(WORLD, load_all, uri, options):
+        for (name, layout), (wrong, needed, fetched) in found.items():
+            _, keys = CONVERSIONS[name]
+            used = sum(whole()[key].nbytes for key in keys)
+            assert not wrong, (name, layout, wrong)
+            assert needed == used, (name, layout)
+            assert needed <= fetched <= needed + header, (name, layout)
+
+
+def load_alone(uri: str, options: Mapping[str, Any], name: str) -> list[int]:
+    """Each rank reads for itself: bytes by rank."""
+    convert, keys = CONVERSIONS[name]
+    mesh = init_device_mesh("cpu", (WORLD,))
+    state = {fqn: blank(shard(tensor, mesh, [Shard(0)])) for fqn, tensor in convert(whole(), None)}
+    ignore = [key for key in whole() if key not in keys]
+    report = loader.load(state, uri, convert=convert, storage_options=options, ignore=ignore, share="none")
+    return [rank.fetched_bytes for rank in report.ranks]
+
+
+@pytest.mark.parametrize("name", ["rotary", "stacked", "merged"])
+def test_a_slice_is_read_through_a_conversion_and_not_the_key(bucket, name) -> None:
+    uri, proxy, options, _ = bucket
+    proxy.reset()
+    needed = sum(whole()[key].nbytes for key in CONVERSIONS[name][1])
+    fetched = run_ranks(WORLD, load_alone, uri, options, name)[0]
+    assert fetched[1:] == [needed // WORLD] * (WORLD - 1)
+    assert proxy.bytes_served(FILE) == sum(fetched)
+
+
+def test_nothing_is_written_where_a_key_is_left_over(bucket) -> None:
+    uri, proxy, options, _ = bucket
+    proxy.reset()
+    with pytest.raises(CoverageError, match="norm"):
+        loader.load({"wq": torch.zeros(256, 128)}, uri, convert=rotary, storage_options=options, ignore=["experts*"])
+    assert proxy.bytes_served(FILE) <= EARLY
+
+
+def test_iter_convert_is_the_whole_conversion_in_its_order(bucket) -> None:
+    uri, _, options, _ = bucket
+    for convert, keys in CONVERSIONS.values():
+        ignore = [key for key in whole() if key not in keys]
+        expected = dict(convert(whole(), None))
+        found = list(loader.iter_convert(uri, convert=convert, storage_options=options, ignore=ignore))
+        assert [fqn for fqn, _ in found] == list(expected)
+        assert all(same_bits(tensor, expected[fqn]) for fqn, tensor in found)
+
+
+def test_iter_convert_holds_a_few_tensors_however_many_there_are(tmp_path: Path) -> None:
+    tensors = {f"layer.{i}": torch.full((4, MIB), i, dtype=torch.int8) for i in range(32)}
+    write_file(tmp_path / FILE, tensors)
+    del tensors
+    next(loader.iter_convert(str(tmp_path), memory_budget="16MiB"))  # what is imported on the way counts for nothing
+    with PeakMemory() as memory:
+        for i, (fqn, tensor) in enumerate(loader.iter_convert(str(tmp_path), memory_budget="16MiB")):
+            assert fqn == f"layer.{i}"
+            assert bool((tensor == i).all())
+    peak = memory.stop()
+    assert peak is not None
+    assert peak <= 24 * MIB  # the budget, the tensor in hand, and Python's own
+    assert i == 31
