@@ -223,11 +223,12 @@ def test_replicas_on_two_nodes_read_each_byte_twice(bucket):
     assert found.sent.sum() == (found.needs > found.reads).sum()
 
 
-def test_none_shares_nothing(bucket):
+def test_none_shares_nothing(bucket, capsys):
     found = count(bucket, "hsdp", share="none")
     assert np.array_equal(found.reads, found.needs)
     assert not found.sent.any()
     assert found.report.egress_ratio == pytest.approx(2, abs=0.1)
+    assert "100%" in capsys.readouterr().out  # of what all ranks read, not of what is needed
 
 
 def test_what_nobody_needs_is_not_read(bucket):

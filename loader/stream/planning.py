@@ -20,10 +20,11 @@ Share = Literal["world", "node", "none"]
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """This rank's domain's plan, and what the whole job needs: each byte of a used key once."""
+    """This rank's domain's plan; what the whole job needs, each byte of a used key once, and what it reads."""
 
     plan: Plan
     needed_bytes: int
+    read_bytes: int
 
 
 def pack(value: Any) -> bytes:
@@ -52,32 +53,38 @@ def agree_on_plan(
         ranks: list[tuple[bytes, str]] = unpack(control.broadcast("digests", told))
     digests = [digest for digest, _ in ranks]
     spokesman = {digest: digests.index(digest) for digest in dict.fromkeys(digests)}
-    domain = _domain(control.rank, [node for _, node in ranks], share)
+    domain, heads = _domain(control.rank, [node for _, node in ranks], share)
     control.peers = domain
     with control.phase("plan"):
         if spokesman[demand.digest] == control.rank:
             control.put("demand", pack(demand))
-        plan = needed = b""
+        plan = totals = b""
+        needed = 0
         if control.rank == domain[0]:
             demands = _distinct(control, domain, digests, spokesman)
             if control.rank == 0 and share == "world":
                 check_unused((each.unused for each in demands.values()), list(catalog.entries))
             made = make_plan(entries, _classes(domain, digests, demands), limits)
-            plan, needed = pack(made), pack(made.needed_bytes)
+            plan, needed = pack(made), made.needed_bytes
+            control.put("reads", pack(made.read_bytes))
         if control.rank == 0 and share != "world":
             everyone = range(control.world_size)
             demands = _distinct(control, everyone, digests, spokesman)
             check_unused((each.unused for each in demands.values()), list(catalog.entries))
-            needed = pack(cut_extents(entries, _classes(everyone, digests, demands), limits.range_bytes).needed_bytes)
+            needed = cut_extents(entries, _classes(everyone, digests, demands), limits.range_bytes).needed_bytes
+        if control.rank == 0:
+            totals = pack((needed, sum(map(unpack, control.take("reads", heads)))))
         mine = control.broadcast(f"plan/{domain[0]}", plan, domain[0])
-        return Planned(unpack(mine), unpack(control.broadcast("needed", needed)))
+        return Planned(unpack(mine), *unpack(control.broadcast("totals", totals)))
 
 
-def _domain(rank: int, nodes: Sequence[str], share: Share) -> list[int]:
-    """The ranks that share what is read with `rank`, ascending."""
+def _domain(rank: int, nodes: Sequence[str], share: Share) -> tuple[list[int], list[int]]:
+    """The ranks that share what is read with `rank`, ascending; and the first rank of every such domain."""
     if share == "world":
-        return list(range(len(nodes)))
-    return [rank] if share == "none" else [r for r, node in enumerate(nodes) if node == nodes[rank]]
+        return list(range(len(nodes))), [0]
+    if share == "none":
+        return [rank], list(range(len(nodes)))
+    return [r for r, node in enumerate(nodes) if node == nodes[rank]], [nodes.index(n) for n in dict.fromkeys(nodes)]
 
 
 def _distinct(
