@@ -1,4 +1,4 @@
-"""How planning grows: seconds and peak memory per phase for a checkpoint of 91,000 keys, up to 4,096 ranks.
+"""How planning grows: seconds (wall and CPU) and peak memory per phase, for 90,000 keys and up to 4,096 ranks.
 
     python tests/benchmarks/plan_scale.py [--ranks 64 512 4096] [--mesh fsdp hsdp-tp]
 
@@ -144,11 +144,11 @@ def classes_of(names, entries, mesh, placements):
 def phase(name):
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    begun = time.perf_counter()
+    begun, busy = time.perf_counter(), time.process_time()
     yield
-    seconds = time.perf_counter() - begun
+    seconds, cpu = time.perf_counter() - begun, time.process_time() - busy
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    print(f"  {name:<10} {seconds:8.2f} s   peak {int(peak.split()[1]) / 1024:6.0f} MiB", flush=True)
+    print(f"  {name:<10} {seconds:8.2f} s  {cpu:8.2f} CPU s   peak {int(peak.split()[1]) / 1024:6.0f} MiB", flush=True)
 
 
 def simulate(names, entries, mesh, placements):
