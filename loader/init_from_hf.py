@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import NoReturn
 
-from loader.config import parse
+import torch
+
+from loader.config import Config, parse
 from loader.errors import LoaderError
 from loader.exchange.control import Control
 from loader.exchange.group import own_device, process_group
@@ -30,18 +36,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the file's keys")
     given = parser.parse_args(argv)
     try:
-        config = parse(given.config, given.overrides)
+        config: Config | LoaderError = parse(given.config, given.overrides)
     except LoaderError as error:
-        config, unusable = None, error
-    device = own_device(config.model.device if config else "cpu")
+        config = error
+    device = own_device(config.model.device if isinstance(config, Config) else "cpu")
     with process_group(device), Control.of_group() as control:
         try:
-            with control.phase("config"):
-                if config is None:
-                    raise unusable
-            return run(config, control, device)
-        except LoaderError as error:
-            end(error, control)
+            return _run(config, control, device)
+        except Exception as error:  # noqa: BLE001 - what no phase caught is told as a bug of ours
+            end(control.fail(error), control)
+
+
+def _run(config: Config | LoaderError, control: Control, device: torch.device) -> int:
+    with control.phase("config"):
+        if isinstance(config, LoaderError):
+            raise config
+    code = run(config, control, device)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, for another rank's code: this one's is decided
+    return code
 
 
 def end(error: LoaderError, control: Control) -> NoReturn:
@@ -55,10 +67,21 @@ def end(error: LoaderError, control: Control) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     elsewhere = error.rank is not None and error.rank != control.rank
     told = f"(first on rank {error.rank}) {str(error).splitlines()[0]}" if elsewhere else str(error)
-    print(f"rank {control.rank}: {type(error).__name__}: {told}", file=sys.stderr, flush=True)  # noqa: T201
-    control.leave(LEAVE)
+    message = f"rank {control.rank}: {type(error).__name__}: {told}"
     sys.stdout.flush()
+    print(message, file=sys.stderr, flush=True)  # noqa: T201
+    _tell_torchrun(message)
+    control.leave(LEAVE)
     os._exit(error.exit_code)
+
+
+def _tell_torchrun(message: str) -> None:
+    """Leave the message where torchrun looks for one: else its summary, which comes last, names no cause."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        shown = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": shown}}))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ def run(config: Config, control: Control, device: torch.device) -> int:
         convert = conversion_of(config.convert or declared)
         dims = resolve_mesh(config.mesh, control.world_size)
         user_program = resolve(config.output.entrypoint) if config.output.entrypoint else None
+    with control.phase("mesh"):  # a collective: no rank may have failed before it
         mesh = make_mesh(dims, device.type)
     with _output(config, control) as wanted:
         if not wanted:

@@ -83,7 +83,10 @@ class Control(Watch):
     def leave(self, seconds: float) -> None:
         """Wait until every rank is about to end, at most `seconds`: so that no rank's end hides another's message."""
         until = time.monotonic() + seconds
-        staying = self.world_size - isinstance(self._error, LostRankError)
+        lost = isinstance(self._error, LostRankError)
+        if lost and self._error is not None and self._error.rank is None:
+            return  # there is no store to meet at
+        staying = self.world_size - lost
 
         def give_up() -> LoaderError | None:
             return self._error if time.monotonic() > until else None
@@ -93,6 +96,8 @@ class Control(Watch):
             while left < staying and time.monotonic() < until:
                 time.sleep(POLL[1])
                 left = self._caller.call(lambda: self._store.add("left", 0), give_up)
+        if self.rank == 0:
+            time.sleep(2 * POLL[1])  # it may host the store, at which the others are still looking
 
     # Results. They are asked for within a phase: what a rank gave is gone when it has left the context.
 
