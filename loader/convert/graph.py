@@ -7,7 +7,7 @@ and nothing of data.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -125,6 +125,25 @@ def size_of(node: Node) -> int:
 def combines(node: Node) -> bool:
     """Whether an op in it needs several tensors at once."""
     return isinstance(node, Combine) or any(combines(each) for each in node.inputs)
+
+
+def partners(nodes: Iterable[Node]) -> list[set[int]]:
+    """Groups of keys (positions in the catalog) of which an op needs elements at once; no key is in two groups."""
+    groups: dict[int, set[int]] = {}
+    seen: set[int] = set()
+    open_nodes = list(nodes)
+    while open_nodes:
+        node = open_nodes.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        open_nodes += node.inputs
+        if isinstance(node, Combine):
+            group = set(keys_of(node))
+            for key in list(group):
+                group |= groups.get(key, set())
+            groups.update(dict.fromkeys(group, group))
+    return list({id(group): group for group in groups.values()}.values())
 
 
 def keys_of(node: Node) -> Iterator[int]:

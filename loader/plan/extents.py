@@ -30,6 +30,9 @@ FINEST = 64
 """A read that costs more than a round holds is cut finer, down to 1/64 of the range size."""
 
 
+CLIENT_BYTES = 20 << 20
+
+
 class Limits(NamedTuple):
     """`range_bytes` is the size of a read; `round_bytes` what one of `rounds_in_flight` rounds may cost a rank."""
 
@@ -41,12 +44,13 @@ class Limits(NamedTuple):
     def within(cls, memory_budget: int, range_size: int) -> Limits:
         """Share a budget (bytes) between rounds.
 
-        A quarter is left to clients and the interpreter. The rest holds 2 to 4 rounds, so that one is read while
+        A quarter, and 20 MiB where the budget has them, is left to clients and the interpreter: an open S3 client alone
+        takes 16 MiB (botocore's models of the service). The rest holds 2 to 4 rounds, so that one is read while
         another is exchanged: more than 2 where each holds 4.8 ranges, which is 1.6 read, packed and received. Reads
         stay at the range size; only the keys whose reads do not fit a round are cut finer. Ranges of 8 MiB: 512 MiB
-        give 4 rounds of 96 MiB, 64 MiB give 2 of 24 MiB.
+        give 4 rounds of 96 MiB, 64 MiB give 2 of 22 MiB.
         """
-        usable = memory_budget * 3 // 4
+        usable = memory_budget - max(memory_budget // 4, min(CLIENT_BYTES, memory_budget // 3))
         rounds = max(2, min(4, usable * 10 // (48 * range_size)))
         return cls(min(range_size, usable // rounds), usable // rounds, rounds)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from loader.plan.catalog import Entry
@@ -10,6 +10,7 @@ from loader.plan.extents import Limits, cut_extents
 from loader.plan.needs import Classes, Ints
 from loader.plan.readers import assign_readers
 from loader.plan.rounds import pack_rounds
+from loader.plan.turns import take_turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +38,15 @@ class Plan:
         return int((self.stop - self.start).sum())
 
 
-def make_plan(entries: Sequence[Entry], classes: Classes, limits: Limits) -> Plan:
+def make_plan(
+    entries: Sequence[Entry], classes: Classes, limits: Limits, partners: Sequence[Collection[int]] = ()
+) -> Plan:
     """Plan one sharing domain: the ranks in `classes` read each needed byte once between them.
 
-    `entries` are the catalog's, in its order. Raises MemoryBudgetError.
+    `entries` are the catalog's, in its order; `partners` are groups of keys (positions) whose elements are combined.
+    Raises MemoryBudgetError.
     """
     cuts = cut_extents(entries, classes, limits.range_bytes, limits.round_bytes)
     readers = assign_readers(cuts, classes)
-    rounds = pack_rounds(cuts, readers, classes, limits.round_bytes)
+    rounds = pack_rounds(cuts, readers, take_turns(entries, cuts, partners), classes, limits.round_bytes)
     return Plan(classes, cuts.file, cuts.start, cuts.stop, readers, rounds, cuts.needed_bytes)

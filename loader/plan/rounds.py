@@ -9,12 +9,12 @@ from loader.plan.extents import Cuts, Kind
 from loader.plan.needs import Classes, Ints
 
 
-def pack_rounds(cuts: Cuts, readers: Ints, classes: Classes, round_bytes: int) -> Ints:
+def pack_rounds(cuts: Cuts, readers: Ints, turns: Ints, classes: Classes, round_bytes: int) -> Ints:
     """The round of each extent, such that no rank holds more than `round_bytes` for one round.
 
-    A rank holds the extents it reads, what it stages to send of them, and what it receives. Extents are taken in the
-    order of their reader's progress, so that all ranks read side by side from the first round to the last, and a round
-    is closed when the next extent would put any rank over.
+    A rank holds the extents it reads, what it stages to send of them, and what it receives. A reader takes its extents
+    by their `turns`; extents are packed in the order of their reader's progress, so that all ranks read side by side
+    from the first round to the last, and a round is closed when the next extent would put any rank over.
 
     Raises MemoryBudgetError when a single extent does not fit.
     """
@@ -22,7 +22,7 @@ def pack_rounds(cuts: Cuts, readers: Ints, classes: Classes, round_bytes: int) -
     rounds = np.zeros(len(cuts.start), np.int64)
     size, current = cuts.size.tolist(), 0
     costs: dict[tuple[int, int], int] = {}
-    for extent in _by_progress(cuts, readers).tolist():
+    for extent in _by_progress(cuts, readers, turns).tolist():
         number, reader = int(cuts.kind[extent]), int(readers[extent])
         kind, home = cuts.kinds[number], ledger.class_of[reader]
         if (number, home) not in costs:
@@ -47,11 +47,12 @@ def _beside_reading(kind: Kind, home: int, *, alone: bool) -> int:
     return int(kind.staged.sum() - kind.landing[at] - (kind.staged[kind.message[at]] if unsent else 0))
 
 
-def _by_progress(cuts: Cuts, readers: Ints) -> Ints:
+def _by_progress(cuts: Cuts, readers: Ints, turns: Ints) -> Ints:
     """Extents ordered by how far their reader is when it comes to them: 0.0 for its first, towards 1.0 for its last."""
     progress = np.zeros(len(cuts.start))
     for rank in np.unique(readers):
         mine = np.flatnonzero(readers == rank)
+        mine = mine[np.argsort(turns[mine], kind="stable")]
         done = np.cumsum(cuts.size[mine])
         progress[mine] = (done - cuts.size[mine]) / done[-1]
     return np.argsort(progress, kind="stable")

@@ -15,9 +15,6 @@ from loader.plan.catalog import Entry
 from loader.plan.geometry import Box
 from loader.plan.needs import Needs, collect_needs
 
-PORTION = 1 << 20
-"""Elements: an op on several tensors holds that much of each of them at a time."""
-
 LISTED = 10
 """How many names an error lists."""
 
@@ -35,12 +32,12 @@ class Demand:
 
 
 def make_demand(
-    targets: Iterable[Target], outputs: Outputs, entries: Sequence[Entry], visible: Collection[int]
+    targets: Iterable[Target], outputs: Outputs, entries: Sequence[Entry], visible: Collection[int], portion: int
 ) -> tuple[Demand, Landings]:
     """Pull every target back to boxes of keys, and lay out where each box lands.
 
-    `visible` are the keys that must be used by some rank. Raises CoverageError for an FQN that the conversion does not
-    make, or makes in another shape.
+    `visible` are the keys that must be used by some rank. An op on several tensors holds `portion` elements of each at
+    a time. Raises CoverageError for an FQN that the conversion does not make, or makes in another shape.
     """
     landings = Landings()
     boxes: list[tuple[int, Box]] = []
@@ -51,15 +48,15 @@ def make_demand(
             used.update(keys_of(outputs[fqn]))
         for box, offsets in target.boxes:
             origin = tuple(o - local for o, local in zip(box.offsets, offsets, strict=True))
-            for part in _portions(outputs[known[0]], box):
+            for part in _portions(outputs[known[0]], box, portion):
                 boxes += landings.add(outputs[known[0]], part, target.tensor[part.slices(origin)])
     needs = collect_needs(boxes, [entry.shape for entry in entries])
     return Demand(needs, frozenset(visible) - used), landings
 
 
-def _portions(node: Node, box: Box) -> Iterator[Box]:
-    """The box, in rows of at most `PORTION` elements where an op must have several tensors at once to make them."""
-    if box.numel <= PORTION or not combines(node):
+def _portions(node: Node, box: Box, most: int) -> Iterator[Box]:
+    """The box, in rows of at most `most` elements where an op must have several tensors at once to make them."""
+    if box.numel <= most or not combines(node):
         yield box
         return
     dim = next(d for d, size in enumerate(box.sizes) if size > 1)
@@ -67,7 +64,7 @@ def _portions(node: Node, box: Box) -> Iterator[Box]:
     offsets, sizes = list(box.offsets), list(box.sizes)
     for start, size in ((0, half), (half, box.sizes[dim] - half)):
         offsets[dim], sizes[dim] = box.offsets[dim] + start, size
-        yield from _portions(node, Box(tuple(offsets), tuple(sizes)))
+        yield from _portions(node, Box(tuple(offsets), tuple(sizes)), most)
 
 
 def _known_names(target: Target, outputs: Outputs) -> list[str]:

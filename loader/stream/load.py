@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from loader.convert.conversion import Outputs
+from loader.convert.graph import partners
 from loader.errors import LostRankError
 from loader.exchange.control import Control
 from loader.exchange.transport import Transport
@@ -23,6 +24,9 @@ from loader.store.store import Store
 from loader.stream.demand import make_demand
 from loader.stream.pipeline import Pipeline, Seconds
 from loader.stream.planning import Share, agree_on_plan
+
+PORTIONS = 512
+"""An op on several tensors holds at most budget / 512 elements of each at a time: 1 Mi of 512 MiB, 4 MiB in float32."""
 
 DRAIN = 8.0
 """Seconds for the rounds in flight to end after an error, before the rank gives up on them: all must end within 10."""
@@ -62,10 +66,15 @@ def fill(
     `memory` is started by the caller and stopped here. `show` is whether rank 0 shows the progress.
     """
     begun = time.monotonic()
-    limits = Limits.within(memory_budget, range_size)
+    together = partners(outputs.values())
+    limits = Limits.within(
+        memory_budget // 2 if together else memory_budget, range_size
+    )  # what waits has the other half
     with control.phase("targets"):
-        demand, landings = make_demand(targets, outputs, list(catalog.entries.values()), visible)
-    planned = agree_on_plan(control, demand, catalog, share=share, node=node, limits=limits)
+        demand, landings = make_demand(
+            targets, outputs, list(catalog.entries.values()), visible, memory_budget // PORTIONS
+        )
+    planned = agree_on_plan(control, demand, catalog, share=share, node=node, limits=limits, partners=together)
     schedule = Schedule(planned.plan, list(catalog.entries.values()), control.rank)
     plan_seconds = time.monotonic() - begun
     fresh = untouched_bytes(target.tensor for target in targets) or 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,12 +37,20 @@ def unpack(data: bytes) -> Any:
 
 
 def agree_on_plan(
-    control: Control, demand: Demand, catalog: Catalog, *, share: Share, node: str, limits: Limits
+    control: Control,
+    demand: Demand,
+    catalog: Catalog,
+    *,
+    share: Share,
+    node: str,
+    limits: Limits,
+    partners: Sequence[Collection[int]],
 ) -> Planned:
     """Gather demands, prove that they cover the catalog, and plan. Every rank calls it.
 
     Ranks tell their digests first: of equal demands only one is sent. Rank 0 proves coverage for all; the first rank of
-    each domain plans for its domain. Raises CoverageError, MemoryBudgetError.
+    each domain plans for its domain. `partners` are keys whose elements are combined. Raises CoverageError and
+    MemoryBudgetError.
     """
     entries = list(catalog.entries.values())
     with control.phase("demand"):
@@ -64,7 +72,7 @@ def agree_on_plan(
             demands = _distinct(control, domain, digests, spokesman)
             if control.rank == 0 and share == "world":
                 check_unused((each.unused for each in demands.values()), list(catalog.entries))
-            made = make_plan(entries, _classes(domain, digests, demands), limits)
+            made = make_plan(entries, _classes(domain, digests, demands), limits, partners)
             plan, needed = pack(made), made.needed_bytes
             control.put("reads", pack(made.read_bytes))
         if control.rank == 0 and share != "world":
