@@ -48,7 +48,7 @@ def targets_of(target: nn.Module | Mapping[str, torch.Tensor]) -> list[Target]:
     BuilderError, naming the FQN, for what cannot be filled: on meta, Partial, expanded, lazy, sparse, or a subclass
     with a layout of its own.
     """
-    pairs = _tensors_of_module(target) if isinstance(target, nn.Module) else iter(target.items())
+    pairs = tensors_of_module(target) if isinstance(target, nn.Module) else iter(target.items())
     found: dict[object, tuple[list[str], torch.Tensor, torch.Tensor]] = {}
     for fqn, tensor in pairs:
         local = _local_tensor(fqn, tensor)
@@ -65,7 +65,8 @@ def clean_fqn(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
-def _tensors_of_module(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors_of_module(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter and persistent buffer by FQN, a tied one under each of its names."""
     if isinstance(module, DistributedDataParallel):
         module = module.module
     for prefix, owner in module.named_modules(remove_duplicate=False):
