@@ -59,14 +59,15 @@ def _run(config: Config | LoaderError, control: Control, device: torch.device) -
 def end(error: LoaderError, control: Control) -> NoReturn:
     """Tell the error, wait until all ranks have, and end the process with its exit code.
 
-    The rank on which it began tells all of it, a traceback in user code included; the others its first line.
+    The rank on which it began tells all of it, a traceback in user code included; the others its first and last line.
 
     torchrun answers the first rank's end with a SIGTERM to the others, which must not change their code. Threads that
     still wait for a lost rank, or for a silent server, are not waited for.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     elsewhere = error.rank is not None and error.rank != control.rank
-    told = f"(first on rank {error.rank}) {str(error).splitlines()[0]}" if elsewhere else str(error)
+    first, *rest = str(error).splitlines()
+    told = f"(first on rank {error.rank}) {' … '.join([first, *rest[-1:]])}" if elsewhere else str(error)
     message = f"rank {control.rank}: {type(error).__name__}: {told}"
     sys.stdout.flush()
     print(message, file=sys.stderr, flush=True)  # noqa: T201

@@ -7,6 +7,9 @@ import pytest
 # Else gcsfs, imported against an emulator, asks for a bucket's type over gRPC, and loses 60 s.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
+# Else torch's store, which looks up the name of whoever connects, stalls for 5 s where no name server answers.
+os.environ["RES_OPTIONS"] = "timeout:1 attempts:1"
+
 
 @pytest.fixture(scope="session")
 def s3():

@@ -24,6 +24,10 @@ BEAT = 0.5
 LOST_AFTER = 6.0
 """Seconds between beats, and without one until a rank counts as lost: all ranks must end within 10 s of a loss."""
 
+SILENT_AFTER = 8.0
+"""Seconds without an answer until the store counts as gone. It may stall for less: it looks up the name of each host
+that connects to it, and where a name server does not answer that takes five."""
+
 UNSEEN_FOR = 300.0
 """Seconds until a rank that never beat counts as lost. It may still be on its way here: torch's stores wait as long."""
 
@@ -122,6 +126,7 @@ class Watch:
         try:
             neighbour, seen, since = (self.rank + 1) % self.world_size, b"", time.monotonic()
             for count in itertools.count():
+                begun = time.monotonic()
                 self._own_store.set(f"beat/{self.rank}", f"{socket.gethostname()}:{count} {self.done_bytes}")
                 if self._error is None and self._own_store.check(["error"]):
                     self._set_error(from_wire(self._own_store.get("error")))
@@ -134,6 +139,7 @@ class Watch:
                     self._lose(neighbour, seen)
                     neighbour, seen, since = (neighbour + 1) % self.world_size, b"", time.monotonic()
                 self._answered = time.monotonic()
+                since += self._answered - begun  # while the store stalled, nobody's beat could be seen
                 self._changed.wait(BEAT)
                 self._changed.clear()
                 if self._closed.is_set():
@@ -173,7 +179,7 @@ class Watch:
 
     def _silent(self) -> bool:
         """Whether the store has not answered the thread for long: a host that is gone says no good-bye."""
-        return self._thread.is_alive() and time.monotonic() - self._answered > LOST_AFTER
+        return self._thread.is_alive() and time.monotonic() - self._answered > SILENT_AFTER
 
     def _set_error(self, error: LoaderError) -> LoaderError:
         """Keep the first error; return it."""

@@ -52,7 +52,7 @@ def _read_file(store: Store, number: int, name: str) -> tuple[File, dict[str, En
     stat = _stat(store, name)
     head = bytearray(min(HEAD, stat.size))
     store.read(name, stat.pin, 0, memoryview(head))
-    length = header_length(bytes(head[:8]), name, stat.size)
+    length = header_length(bytes(head), name, stat.size)
     if length > len(head):
         early = len(head)
         head.extend(bytes(length - early))

@@ -28,6 +28,7 @@ _worlds = itertools.count()
 def _quick(monkeypatch):
     monkeypatch.setattr(watch, "BEAT", 0.02)
     monkeypatch.setattr(watch, "LOST_AFTER", 1.0)
+    monkeypatch.setattr(watch, "SILENT_AFTER", 1.5)
 
 
 @pytest.fixture
