@@ -35,11 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", required=True, metavar="FILE", help="the YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the file's keys")
     given = parser.parse_args(argv)
+    config: Config | LoaderError
+    device = torch.device("cpu")
     try:
-        config: Config | LoaderError = parse(given.config, given.overrides)
+        config = parsed = parse(given.config, given.overrides)
+        device = own_device(parsed.model.device)
     except LoaderError as error:
         config = error
-    device = own_device(config.model.device if isinstance(config, Config) else "cpu")
     with process_group(device), Control.of_group() as control:
         try:
             return _run(config, control, device)
@@ -66,7 +68,7 @@ def end(error: LoaderError, control: Control) -> NoReturn:
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     elsewhere = error.rank is not None and error.rank != control.rank
-    first, *rest = str(error).splitlines()
+    first, *rest = str(error).splitlines() or [""]
     told = f"(first on rank {error.rank}) {' … '.join([first, *rest[-1:]])}" if elsewhere else str(error)
     message = f"rank {control.rank}: {type(error).__name__}: {told}"
     sys.stdout.flush()

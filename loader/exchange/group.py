@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # the stubs hide it
 
+from loader.errors import ConfigError
+
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
@@ -31,9 +33,11 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def own_device(wanted: str) -> torch.device:
-    """`auto` is this rank's CUDA device where there is one, else the CPU."""
+    """`auto` is this rank's CUDA device where there is one, else the CPU. Raises ConfigError where there is no CUDA."""
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("model.device: cuda, but torch finds no CUDA device here: set it to auto or cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     return device

@@ -31,6 +31,7 @@ from loader.plan.plan import Plan
 from loader.plan.readers import assign_readers
 from loader.plan.rounds import pack_rounds
 from loader.plan.schedule import Schedule
+from loader.plan.turns import take_turns
 
 MiB = 1024 * 1024
 FILE_BYTES = 4300 * MiB
@@ -160,7 +161,7 @@ def simulate(names, entries, mesh, placements):
     with phase("readers"):
         readers = assign_readers(cuts, classes)
     with phase("rounds"):
-        rounds = pack_rounds(cuts, readers, classes, limits.round_bytes)
+        rounds = pack_rounds(cuts, readers, take_turns(entries, cuts, ()), classes, limits.round_bytes)
     plan = Plan(classes, cuts.file, cuts.start, cuts.stop, readers, rounds, cuts.needed_bytes)
     with phase("pickle"):
         sent = len(zlib.compress(pickle.dumps(plan), level=1))

@@ -163,6 +163,31 @@ def test_what_an_op_waits_for_stays_within_the_budget(tmp_path: Path) -> None:
         assert peak <= 16 * MIB
 
 
+def load_stack(directory: str) -> tuple[int | None, bool]:
+    """Experts stacked and transposed into one parameter of four times the budget, half of it here."""
+    mesh = init_device_mesh("cpu", (2,))
+    state = {"w": blank(shard(torch.zeros(16, 1024, 1024), mesh, [Shard(2)]))}
+    report = loader.load(
+        state,
+        directory,
+        convert=lambda keys, _: {"w": torch.stack([keys[f"experts.{e}"] for e in range(16)]).transpose(1, 2)},
+        memory_budget="16MiB",
+        range_size="1MiB",
+    )
+    expected = torch.arange(16 * 1024, dtype=torch.float32).view(16, 1, 1024).expand(16, 1024, 1024)
+    return report.memory.peak_over_shards_bytes, torch.equal(state["w"].full_tensor(), expected)
+
+
+def test_a_stacked_parameter_of_many_budgets_stays_within_it(tmp_path: Path) -> None:
+    rows = torch.arange(16 * 1024, dtype=torch.float32).view(16, 1024, 1)
+    write_file(tmp_path / FILE, {f"experts.{e}": rows[e].expand(1024, 1024) for e in range(16)})
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    for peak, right in run_ranks(2, load_stack, str(tmp_path)):
+        assert right
+        assert peak is not None
+        assert peak <= 16 * MIB
+
+
 def test_nothing_is_written_where_a_key_is_left_over(bucket) -> None:
     uri, proxy, options, _ = bucket
     proxy.reset()
