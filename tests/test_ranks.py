@@ -42,6 +42,7 @@ def test_the_environment_is_torchruns(monkeypatch):
 
 def _initialise():
     dist.init_process_group("gloo")
+    dist.barrier()  # else the first to be done is gone before the other has connected
     size = dist.get_world_size()
     dist.destroy_process_group()
     return size
