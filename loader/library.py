@@ -77,7 +77,7 @@ def iter_convert(
         job.trace(conversion, ignore, strip_prefix)
         with control.phase("coverage"):
             used = {key for node in job.outputs.values() for key in keys_of(node)}
-            check_unused([frozenset(job.names.values()) - used], list(job.source.catalog.entries))
+            check_unused([frozenset(job.names.values()) - used], job.source.catalog.entries)
     for batch in _batches(job.outputs, budget):
         tensors = {fqn: own_memory(size_of(node)).view(node.dtype).view(node.shape) for fqn, node in batch.items()}
         with Control(None, 0, 1) as control:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from loader.convert.conversion import Outputs
@@ -16,7 +16,7 @@ from loader.plan.geometry import Box
 from loader.plan.needs import Needs, collect_needs
 
 LISTED = 10
-"""How many names an error lists."""
+"""How many keys an error lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,25 +32,26 @@ class Demand:
 
 
 def make_demand(
-    targets: Iterable[Target], outputs: Outputs, entries: Sequence[Entry], visible: Collection[int], portion: int
+    targets: Iterable[Target], outputs: Outputs, entries: Mapping[str, Entry], visible: Collection[int], portion: int
 ) -> tuple[Demand, Landings]:
     """Pull every target back to boxes of keys, and lay out where each box lands.
 
-    `visible` are the keys that must be used by some rank. An op on several tensors holds `portion` elements of each at
-    a time. Raises CoverageError for an FQN that the conversion does not make, or makes in another shape.
+    `entries` are the catalog's; `visible` are the positions of keys that must be used by some rank. An op on several
+    tensors holds `portion` elements of each at a time. Raises CoverageError for an FQN that the conversion does not
+    make, or makes in another shape.
     """
     landings = Landings()
     boxes: list[tuple[int, Box]] = []
     used: set[int] = set()
     for target in targets:
-        known = _known_names(target, outputs)
+        known = _known_names(target, outputs, entries)
         for fqn in known:
             used.update(keys_of(outputs[fqn]))
         for box, offsets in target.boxes:
             origin = tuple(o - local for o, local in zip(box.offsets, offsets, strict=True))
             for part in _portions(outputs[known[0]], box, portion):
                 boxes += landings.add(outputs[known[0]], part, target.tensor[part.slices(origin)])
-    needs = collect_needs(boxes, [entry.shape for entry in entries])
+    needs = collect_needs(boxes, [entry.shape for entry in entries.values()])
     return Demand(needs, frozenset(visible) - used), landings
 
 
@@ -67,32 +68,40 @@ def _portions(node: Node, box: Box, most: int) -> Iterator[Box]:
         yield from _portions(node, Box(tuple(offsets), tuple(sizes)), most)
 
 
-def _known_names(target: Target, outputs: Outputs) -> list[str]:
+def _known_names(target: Target, outputs: Outputs, entries: Mapping[str, Entry]) -> list[str]:
     """The target's names that the conversion makes, in the target's shape. A tied tensor may be there under any."""
     known = [fqn for fqn in target.names if fqn in outputs]
     if not known:
         near = difflib.get_close_matches(target.fqn, outputs, n=3)
         hint = f"; the nearest that there are: {', '.join(near)}" if near else ""
         raise CoverageError(
-            f"{' = '.join(target.names)} {list(target.shape)} has no source: the checkpoint has no such key{hint}. "
-            "Check source.strip_prefix, source.ignore and the conversion"
+            f"{' = '.join(target.names)} {list(target.shape)} has no source: neither a key nor an output of the "
+            f"conversion has that name{hint}. Check source.strip_prefix, source.ignore and the conversion"
         )
     for fqn in known:
-        found = outputs[fqn].shape
-        if found != target.shape:
+        found = outputs[fqn]
+        if found.shape != target.shape:
+            keys = list(entries)
+            made_of = _listed([keys[at] for at in sorted(keys_of(found))], entries) or "no key"
             raise CoverageError(
-                f"{fqn}: the model's shape is {list(target.shape)}, the checkpoint's {list(found)}: "
-                "is it the checkpoint of this config?"
+                f"{fqn}: the model's shape is {list(target.shape)}, the checkpoint's {list(found.shape)}, "
+                f"of {made_of}. Is it the checkpoint of this config?"
             )
     return known
 
 
-def check_unused(unused: Iterable[frozenset[int]], names: Sequence[str]) -> None:
-    """Raise CoverageError for keys that no rank uses. `names[position]` is the key's name."""
-    left = sorted(names[position] for position in frozenset.intersection(*unused))
+def check_unused(unused: Iterable[frozenset[int]], entries: Mapping[str, Entry]) -> None:
+    """Raise CoverageError for keys of the catalog that no rank uses."""
+    keys = list(entries)
+    left = sorted(keys[position] for position in frozenset.intersection(*unused))
     if left:
-        rest = f" and {len(left) - LISTED} more" if len(left) > LISTED else ""
         raise CoverageError(
-            f"{len(left)} checkpoint keys have no target: {', '.join(left[:LISTED])}{rest}. "
+            f"{len(left)} checkpoint keys have no target: {_listed(left, entries)}. "
             "List them in source.ignore if they are not wanted, or check that the model is the checkpoint's"
         )
+
+
+def _listed(keys: Sequence[str], entries: Mapping[str, Entry]) -> str:
+    """Keys with their shapes, the first of them where there are many."""
+    rest = f" and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
+    return ", ".join(f"{key} {list(entries[key].shape)}" for key in keys[:LISTED]) + rest

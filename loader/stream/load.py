@@ -71,9 +71,7 @@ def fill(
         memory_budget // 2 if together else memory_budget, range_size
     )  # what waits has the other half
     with control.phase("targets"):
-        demand, landings = make_demand(
-            targets, outputs, list(catalog.entries.values()), visible, memory_budget // PORTIONS
-        )
+        demand, landings = make_demand(targets, outputs, catalog.entries, visible, memory_budget // PORTIONS)
     planned = agree_on_plan(control, demand, catalog, share=share, node=node, limits=limits, partners=together)
     schedule = Schedule(planned.plan, list(catalog.entries.values()), control.rank)
     plan_seconds = time.monotonic() - begun

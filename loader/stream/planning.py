@@ -71,14 +71,14 @@ def agree_on_plan(
         if control.rank == domain[0]:
             demands = _distinct(control, domain, digests, spokesman)
             if control.rank == 0 and share == "world":
-                check_unused((each.unused for each in demands.values()), list(catalog.entries))
+                check_unused((each.unused for each in demands.values()), catalog.entries)
             made = make_plan(entries, _classes(domain, digests, demands), limits, partners)
             plan, needed = pack(made), made.needed_bytes
             control.put("reads", pack(made.read_bytes))
         if control.rank == 0 and share != "world":
             everyone = range(control.world_size)
             demands = _distinct(control, everyone, digests, spokesman)
-            check_unused((each.unused for each in demands.values()), list(catalog.entries))
+            check_unused((each.unused for each in demands.values()), catalog.entries)
             needed = cut_extents(entries, _classes(everyone, digests, demands), limits.range_bytes).needed_bytes
         if control.rank == 0:
             totals = pack((needed, sum(map(unpack, control.take("reads", heads)))))

@@ -46,8 +46,8 @@ def measure(layers, ranks):
     outputs = apply(stack_experts, catalog, visible, None)
     traced = time.perf_counter()
     targets = [target(fqn, node, ranks) for fqn, node in outputs.items()]
-    demand, _ = make_demand(targets, outputs, entries, visible.values(), 1 << 20)
-    check_unused([demand.unused], names)
+    demand, _ = make_demand(targets, outputs, catalog.entries, visible.values(), 1 << 20)
+    check_unused([demand.unused], catalog.entries)
     return len(names), len(outputs), traced - begun, time.perf_counter() - traced
 
 
