@@ -1,4 +1,4 @@
-"""Tiny random HF checkpoints of the model types that `convert: olmo_core` knows, and OLMo-core's own models for them."""
+"""Tiny random HF checkpoints of the model types that `convert: olmo_core` knows, and OLMo-core's models for them."""
 
 from __future__ import annotations
 

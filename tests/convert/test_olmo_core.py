@@ -113,16 +113,19 @@ def assert_same_logits(model: torch.nn.Module, state: Mapping[str, Tensor], name
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", [*NOT_LISTED, *BIASED])
+@pytest.mark.parametrize("name", ["mistral", "qwen3_moe", "olmoe"])
 def test_what_olmo_cores_own_conversion_loses(name, tmp_path):
     """Once this fails OLMo-core has learned them: hold them bit for bit then."""
     tensors, config = save(tmp_path, name)
-    try:
-        found = theirs(tensors, config)
-    except RuntimeError as error:
-        assert "bias" in str(error)
-    else:
-        assert set(dict(convert(tensors, config))) - set(found) == {f"blocks.{n}.feed_forward_norm.weight" for n in (0, 1)}
+    lost = set(dict(convert(tensors, config))) - set(theirs(tensors, config))
+    assert lost == {"blocks.0.feed_forward_norm.weight", "blocks.1.feed_forward_norm.weight"}
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama, biases"])
+def test_biases_are_what_it_refuses(name, tmp_path):
+    tensors, config = save(tmp_path, name)
+    with pytest.raises(RuntimeError, match=r"not converted: .*self_attn\.k_proj\.bias"):
+        theirs(tensors, config)
 
 
 # ---------------------------------------------------------------- traced and pulled back
@@ -244,7 +247,9 @@ def test_an_expert_of_another_shape(tmp_path):
     tensors, config = save(tmp_path, "olmoe")
     tensors["model.layers.0.mlp.experts.2.up_proj.weight"] = torch.zeros(24, 31)
     message = failure(tensors, config)
-    assert message.startswith("blocks.0.feed_forward_moe.experts.mlp.w3: key model.layers.0.mlp.experts.2.up_proj.weight")
+    assert message.startswith(
+        "blocks.0.feed_forward_moe.experts.mlp.w3: key model.layers.0.mlp.experts.2.up_proj.weight"
+    )
     assert "[24, 31]" in message
     assert "[24, 32]" in message
 
@@ -273,13 +278,31 @@ def test_heads_that_are_not_the_configs(change, words, tmp_path):
     assert all(word in message for word in words), message
 
 
-def test_a_layer_more_than_the_config_has(checkpoints, tmp_path):
+def test_experts_for_a_model_of_another_layout(checkpoints):
+    """A dropless model's w1: the same elements, another shape."""
+    at = checkpoints / "olmoe"
+    state = {fqn: torch.empty_like(t) for fqn, t in load_file(at / "expected" / "all.safetensors").items()}
+    for fqn in state:
+        if fqn.endswith(("mlp.w1", "mlp.w3")):
+            state[fqn] = torch.empty(4 * 24, 32)
+    with pytest.raises(CoverageError) as caught:
+        loader.load(state, str(at), convert="olmo_core")
+    assert "experts.mlp.w1: the model's shape is [96, 32], the checkpoint's [128, 24], of model.layers.0.mlp." in str(
+        caught.value
+    )
+    assert "experts.3.gate_proj.weight [24, 32]" in str(caught.value)
+    loader.load(state, str(at), convert="loader.convert.olmo_core:convert_dropless")
+
+
+def test_a_layer_more_than_the_config_has(tmp_path):
     tensors, config = save(tmp_path, "olmo2")
     state = {fqn: torch.empty_like(tensor) for fqn, tensor in convert(tensors, config)}
     fields = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**fields, "num_hidden_layers": 1}))
     fewer = {fqn: tensor for fqn, tensor in state.items() if "blocks.1." not in fqn}
-    with pytest.raises(CoverageError, match=r"checkpoint keys have no target: model\.layers\.1\."):
+    with pytest.raises(
+        CoverageError, match=r"11 checkpoint keys have no target: model\.layers\.1\.mlp\.down_proj\.weight \[32, 48\], "
+    ):
         loader.load(fewer, str(tmp_path), convert="olmo_core")
     with pytest.raises(CoverageError, match=r"blocks\.1\.attention.* \[.*\] has no source"):
         loader.load(state, str(tmp_path), convert="olmo_core")

@@ -1,0 +1,98 @@
+"""`load_hf_model` beside OLMo-core's own: the same arguments, the same shards."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from loader.errors import CatalogError, ConfigError, CoverageError
+from loader.trainers.olmo_core import load_hf_model
+from tests.checkpoints import same_bits
+from tests.olmo_core_models import hf_model, olmo_core_model, save
+from tests.ranks import run_ranks
+from tests.shards import local
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("qwen3")
+    save(directory, "qwen3")
+    return directory
+
+
+def model(rows: int | None = None) -> nn.Module:
+    config = hf_model("qwen3").config
+    config.vocab_size = rows or config.vocab_size
+    return olmo_core_model(config)
+
+
+def blank(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for tensor in state.values():
+        local(tensor).fill_(-1)
+    return state
+
+
+def test_it_takes_what_olmo_cores_own_takes():
+    from olmo_core.nn.hf.checkpoint import load_hf_model as theirs
+
+    ours = inspect.signature(load_hf_model).parameters
+    assert list(ours) == list(inspect.signature(theirs).parameters)
+    for name, parameter in inspect.signature(theirs).parameters.items():
+        assert (ours[name].kind, ours[name].default) == (parameter.kind, parameter.default)
+
+
+@pytest.mark.parametrize("rows", [None, 96, 90, 112])
+def test_one_process_has_what_olmo_cores_own_loads(checkpoint, rows, tmp_path):
+    from olmo_core.nn.hf.checkpoint import load_hf_model as theirs
+
+    expected, found = dict(model(rows).state_dict()), blank(model(rows).state_dict())
+    theirs(checkpoint, expected, num_embeddings=rows)
+    load_hf_model(checkpoint, found, revision="main", num_embeddings=rows, work_dir=tmp_path)
+    for fqn, tensor in expected.items():
+        known = min(96, rows or 96) if tensor.shape[0] == (rows or 96) else len(tensor)
+        assert same_bits(found[fqn][:known], tensor[:known].detach()), fqn
+        assert not found[fqn][known:].any()
+
+
+def _load_sharded(uri: str, options: dict, rows: int) -> list[str]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_replicate", "dp_shard"))
+    whole, sharded = model(rows), model(rows)
+    load_hf_model(uri, whole.state_dict(), num_embeddings=rows, process_group=dist.group.WORLD)
+    fully_shard(sharded, mesh=mesh)
+    state = blank(sharded.state_dict())
+    load_hf_model(uri, state, num_embeddings=rows)
+    wrong = []
+    for fqn, tensor in sharded.state_dict().items():
+        assert isinstance(tensor, DTensor)
+        if not same_bits(tensor.full_tensor(), whole.state_dict()[fqn]):
+            wrong.append(fqn)
+    with pytest.raises(ConfigError, match="process_group has 2 of 4 ranks"):
+        load_hf_model(uri, state, process_group=mesh.get_group("dp_shard"))
+    return wrong
+
+
+def test_fsdp_shards_from_a_bucket(checkpoint, s3, monkeypatch):
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    assert run_ranks(4, _load_sharded, s3.put(checkpoint), {}, 101) == [[]] * 4
+
+
+def test_a_name_on_the_hub():
+    with pytest.raises(CatalogError, match="Hub are not read yet"):
+        load_hf_model("Qwen/Qwen3-0.6B", {})
+    with pytest.raises(ConfigError, match="Hub are not read yet"):
+        load_hf_model("hf://Qwen/Qwen3-0.6B", {})
+
+
+def test_a_state_dict_that_the_checkpoint_does_not_fill(checkpoint):
+    state = {**model().state_dict(), "blocks.0.attention.w_q.bias": torch.zeros(64)}
+    with pytest.raises(CoverageError, match=r"blocks.0.attention.w_q.bias \[64\] has no source"):
+        load_hf_model(Path(checkpoint), state)
