@@ -73,6 +73,7 @@ def end(error: LoaderError, control: Control) -> NoReturn:
     message = f"rank {control.rank}: {type(error).__name__}: {told}"
     sys.stdout.flush()
     print(message, file=sys.stderr, flush=True)  # noqa: T201
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # it is to stand last: torch tells at length of a store that is gone
     _tell_torchrun(message)
     control.leave(LEAVE)
     os._exit(error.exit_code)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]  # the stubs hide them
 
 from loader.errors import LoaderError, LostRankError
-from loader.exchange.watch import Watch
+from loader.exchange.watch import BEAT, Watch
 
 POLL = (0.001, 0.1)
 """First and longest pause in seconds between looks at a key. (The store's own `wait` cannot be interrupted.)"""
@@ -85,7 +85,8 @@ class Control(Watch):
         until = time.monotonic() + seconds
         lost = isinstance(self._error, LostRankError)
         if lost and self._error is not None and self._error.rank is None:
-            return  # there is no store to meet at
+            time.sleep(min(seconds, 2 * BEAT))  # there is no store to meet at: by then the others have seen it too
+            return
         staying = self.world_size - lost
 
         def give_up() -> LoaderError | None:

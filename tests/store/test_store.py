@@ -1,0 +1,353 @@
+"""Every scheme that has a server of its own, through the proxy that misbehaves: what is mended, and what is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loader.errors import CatalogError, LoaderError, PinError, StoreError
+from loader.store.base import Access, Filler, Transient, Unusable, check_reply, refusal
+from loader.store.secrets import Secrets
+from loader.store.store import Store, split_uri
+from tests.proxy import CountingProxy, Forward, Reply, Request
+from tests.servers import http_server
+
+NAME = "model.safetensors"
+DATA = bytes(range(256)) * 2000
+TIMEOUT = 0.5
+START, SIZE = 100_000, 300_000
+SECRET = "word-that-nobody-may-read"
+
+
+@dataclasses.dataclass
+class Bucket:
+    """One object behind a proxy, and stores that read it."""
+
+    proxy: CountingProxy
+    uri: str
+    options: dict[str, Any]
+    replace: Callable[[bytes], Any]
+
+    def store(self, uri: str | None = None, *, retries: int = 2, deadline: float = 60) -> Store:
+        access = Access(uri or self.uri, self.options, concurrency=4, timeout=TIMEOUT)
+        return Store(access, retries=retries, deadline=deadline)
+
+
+@pytest.fixture(params=["s3", "gs", "http"])
+def bucket(request, tmp_path) -> Iterator[Bucket]:
+    directory = tmp_path / "served"
+    directory.mkdir()
+    (directory / NAME).write_bytes(DATA)
+
+    def write(data: bytes) -> Path:
+        (directory / NAME).write_bytes(data)
+        return directory
+
+    if request.param == "http":
+        with http_server(directory) as url, CountingProxy(url) as proxy:
+            yield Bucket(proxy, proxy.url, {}, write)
+        return
+    server = request.getfixturevalue("s3" if request.param == "s3" else "gcs")
+    uri = server.put(directory)
+    with CountingProxy(server.endpoint) as proxy:
+        options = server.at(proxy.url).storage_options
+        yield Bucket(proxy, uri, options, lambda data: server.put(write(data), uri))
+
+
+def _read(store: Store, pin: str) -> bytes:
+    buffer = bytearray(SIZE)
+    store.read(NAME, pin, START, memoryview(buffer))
+    return bytes(buffer)
+
+
+def _of_reads(trouble: Callable[[Request, int, Forward], Reply | None]) -> Callable[[Request, Forward], Reply]:
+    """A hook that troubles the ranged GETs, numbered from 0."""
+    count = iter(range(10**6))
+
+    def hook(request: Request, forward: Forward) -> Reply:
+        reply = trouble(request, next(count), forward) if request.method == "GET" and request.range else None
+        return reply or forward(request)
+
+    return hook
+
+
+def _whole(reply: Reply) -> bytes:
+    return b"".join(map(bytes, reply.chunks))
+
+
+def _headers(reply: Reply, **changed: str) -> list[tuple[str, str]]:
+    names = {name.replace("_", "-").lower() for name in changed}
+    kept = [(name, value) for name, value in reply.headers if name.lower() not in names]
+    return [*kept, *((name.replace("_", "-"), value) for name, value in changed.items())]
+
+
+def _status(code: int) -> Callable[[Request, int, Forward], Reply | None]:
+    return lambda request, number, forward: Reply(code, [("Content-Length", "0")]) if number < 2 else None
+
+
+def _reset(request, number, forward):
+    if number < 2:
+        raise ConnectionResetError
+
+
+def _stall(request, number, forward):
+    if number:
+        return None
+
+    def chunks(body):
+        yield body[: len(body) // 2]
+        time.sleep(3 * TIMEOUT)
+        raise ConnectionResetError
+
+    reply = forward(request)
+    return Reply(reply.status, reply.headers, chunks(_whole(reply)))
+
+
+def _ignores_the_range(request, number, forward):
+    if number:
+        return None
+    reply = forward(request)
+    _whole(reply)
+    kept = [(n, v) for n, v in _headers(reply, Content_Length=str(len(DATA))) if n.lower() != "content-range"]
+    return Reply(200, kept, [DATA])
+
+
+def _short_206(request, number, forward):
+    """Half of the range, and honest about it."""
+    if number:
+        return None
+    reply = forward(request)
+    half = SIZE // 2
+    told = f"bytes {START}-{START + half - 1}/{len(DATA)}"
+    return Reply(206, _headers(reply, Content_Length=str(half), Content_Range=told), [_whole(reply)[:half]])
+
+
+def _short_body(request, number, forward):
+    """Half of the range, told as all of it."""
+    if number:
+        return None
+    reply = forward(request)
+    half = SIZE // 2
+    return Reply(206, _headers(reply, Content_Length=str(half)), [_whole(reply)[:half]])
+
+
+def _cut(request, number, forward):
+    if number > 1:
+        return None
+    reply = forward(request)
+    body = _whole(reply)
+    return Reply(reply.status, _headers(reply, Connection="close"), [body[: len(body) // 2]])
+
+
+TROUBLES = {
+    "503": (_status(503), 2),
+    "500": (_status(500), 2),
+    "429": (_status(429), 2),
+    "stall": (_stall, 1),
+    "range ignored": (_ignores_the_range, 1),
+    "short 206": (_short_206, 1),
+    "short body": (_short_body, 1),
+    "cut": (_cut, 2),
+}
+
+
+@pytest.mark.parametrize("name", TROUBLES)
+def test_what_passes_by_is_tried_again_and_counted(bucket, name):
+    trouble, retries = TROUBLES[name]
+    store = bucket.store()
+    pin = store.stat(NAME).pin
+    bucket.proxy.on_request(_of_reads(trouble))
+    assert _read(store, pin) == DATA[START : START + SIZE]
+    assert (store.tally.retries, store.tally.gets) == (retries, 1 + retries)
+    if name in {"cut", "short body"}:
+        assert store.tally.fetched_bytes == SIZE
+        reads = [request for request in bucket.proxy.select(NAME) if request.range]
+        assert sum(request.body_bytes for request in reads) == SIZE
+        begins = [int(re.findall(r"\d+", request.range)[0]) for request in reads]
+        assert begins == sorted(set(begins)), "only what is missing is read again"
+
+
+def test_resets_are_mended(bucket):
+    """aiohttp asks again by itself where a kept connection is reset, so they need not all be counted."""
+    store = bucket.store()
+    pin = store.stat(NAME).pin
+    bucket.proxy.on_request(_of_reads(_reset))
+    assert _read(store, pin) == DATA[START : START + SIZE]
+    assert 0 <= store.tally.retries <= 2
+
+
+LASTING = {
+    "500": (_status(500), "status 500"),
+    "range ignored": (_ignores_the_range, "ignored the Range and sent the whole object"),
+    "short 206": (_short_206, f"expected Content-Range bytes {START}-{START + SIZE - 1}"),
+    "stall": (_stall, "imeout"),
+}
+
+
+@pytest.mark.parametrize("name", LASTING)
+def test_what_lasts_is_told_with_file_bytes_and_tries(bucket, name):
+    trouble, says = LASTING[name]
+    store = bucket.store(retries=1)
+    pin = store.stat(NAME).pin
+    bucket.proxy.on_request(_of_reads(lambda request, number, forward: trouble(request, 0, forward)))
+    begun = time.monotonic()
+    with pytest.raises(StoreError, match=re.escape(says)) as raised:
+        _read(store, pin)
+    assert time.monotonic() - begun < 2 * TIMEOUT + 2
+    message = str(raised.value)
+    assert message.startswith(f"{bucket.uri}: {NAME} bytes {START}-{START + SIZE - 1}: ")
+    assert "2 tries; read.retries is 1" in message
+    assert type(raised.value) is StoreError
+
+
+@pytest.mark.parametrize("code", [400, 401, 403])
+def test_a_refusal_is_told_at_once(bucket, code):
+    store = bucket.store()
+    stat = store.stat(NAME)
+    bucket.proxy.on_request(lambda request, forward: Reply(code, [("Content-Length", "0")]))
+    asked = len(bucket.proxy.requests)
+    with pytest.raises(StoreError, match=f"{NAME} bytes .*status {code}.*refuses now"):
+        _read(store, stat.pin)
+    assert len(bucket.proxy.requests) == asked + 1
+    with pytest.raises(CatalogError, match=f"(?s)status {code}.*credentials"):
+        store.stat(NAME)
+
+
+def test_an_object_that_changed_is_told_with_both_pins(bucket):
+    store = bucket.store()
+    before = store.stat(NAME).pin
+    bucket.replace(DATA[::-1] + b"more")
+    now = bucket.store().stat(NAME).pin
+    with pytest.raises(PinError) as raised:
+        _read(store, before)
+    assert f"pinned {before}, found {now}" in str(raised.value)
+
+
+def test_an_object_that_is_gone_is_told(bucket):
+    store = bucket.store()
+    pin = store.stat(NAME).pin
+    bucket.proxy.on_request(lambda request, forward: Reply(404, [("Content-Length", "0")]))
+    with pytest.raises(PinError, match=f"pinned {re.escape(pin)}, found no such object"):
+        _read(store, pin)
+    assert store.stat(NAME) is None
+
+
+def test_nobody_answers(bucket):
+    bucket.proxy.__exit__()
+    begun = time.monotonic()
+    with pytest.raises(StoreError, match=r"2 tries; read\.retries is 1.*Check the endpoint and the network"):
+        bucket.store(retries=1).stat(NAME)
+    assert time.monotonic() - begun < 10
+
+
+def test_the_deadline_and_closing_end_the_tries(bucket):
+    bucket.proxy.on_request(lambda request, forward: Reply(503, [("Content-Length", "0")]))
+    begun = time.monotonic()
+    with pytest.raises(StoreError):
+        bucket.store(retries=1000, deadline=0.5).stat(NAME)
+    closed = bucket.store(retries=1000)
+    closed.close()
+    with pytest.raises(StoreError, match="1 tries"):
+        closed.stat(NAME)
+    assert time.monotonic() - begun < 5
+
+
+# Secrets
+
+
+def test_a_signed_urls_query_and_password_are_never_told(tmp_path):
+    (tmp_path / NAME).write_bytes(DATA)
+    with http_server(tmp_path) as url, CountingProxy(url) as proxy:
+        signed = f"{proxy.url.replace('://', f'://me:{SECRET}@')}/?X-Amz-Signature={SECRET}"
+        access = Access(signed, {}, 1, TIMEOUT)
+        hooks: list[Callable[[Request, Forward], Reply]] = [
+            lambda request, forward: Reply(403, [("Content-Length", "0")]),
+            lambda request, forward: Reply(500, [("Content-Length", "0")]),
+            lambda request, forward: Reply(302, [("Content-Length", "0"), ("Location", request.target)]),
+        ]
+        for hook in hooks:
+            proxy.on_request(hook)
+            store = Store(access, retries=0, deadline=10)
+            assert SECRET not in repr(access)[: repr(access).index("uri=")]
+            with pytest.raises(LoaderError) as raised:
+                store.stat(NAME)
+            assert not any(SECRET in text for text in _chain(raised.value))
+        assert any(SECRET in request.target for request in proxy.requests)
+
+
+def _chain(error: BaseException | None) -> Iterator[str]:
+    """What a traceback would show."""
+    while error is not None:
+        yield str(error)
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def test_options_are_never_told():
+    secrets = Secrets({"key": "AKIAXYZ", "nested": {"token": [SECRET]}, "endpoint_url": "http://minio:9000", "n": 3})
+    told = secrets.hide(f"AKIAXYZ at http://me:pw@minio:9000/b?sig=1&x={SECRET} {SECRET}")
+    assert told == "*** at http://minio:9000/b?*** ***"
+    inner = ValueError(f"token {SECRET}")
+    outer = OSError("no")
+    outer.__cause__ = inner
+    assert secrets.cause(outer) is None
+    inner.args = ("token",)
+    assert secrets.cause(outer) is outer
+    inner.__cause__ = inner  # as s3fs's may be
+    assert secrets.cause(outer) is outer
+
+
+@pytest.mark.parametrize(
+    "options", [{"key": SECRET}, {"secrett": SECRET}, {"key": SECRET, "secret": SECRET}], ids=["half", "typo", "wrong"]
+)
+def test_credentials_that_do_not_fit_are_told_without_them(s3, monkeypatch, options):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.endpoint)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    with pytest.raises(CatalogError) as raised:
+        Store(Access("s3://loader/x", options, 1, TIMEOUT), retries=0, deadline=10).names()
+    assert not any(SECRET in text for text in _chain(raised.value))
+
+
+# Parts
+
+
+@pytest.mark.parametrize(
+    ("uri", "parts"),
+    [
+        ("s3://b/llama/model.safetensors", ("s3://b/llama", NAME)),
+        ("s3://b/llama/", ("s3://b/llama", None)),
+        ("https://h/llama/model.safetensors?sig=a/b", ("https://h/llama?sig=a/b", NAME)),
+        ("/data/what?.safetensors", ("/data", "what?.safetensors")),
+        (NAME, (".", NAME)),
+        ("/", ("/", None)),
+    ],
+)
+def test_a_uri_names_a_directory_or_a_file(uri, parts):
+    assert split_uri(uri) == parts
+
+
+def test_a_reply_is_the_range_or_nothing():
+    check_reply(status=206, content_range="bytes 5-9/100", start=5, size=5)
+    for status, told in [(200, None), (204, None), (206, None), (206, "bytes 5-8/100"), (206, "bytes 4-8/100")]:
+        with pytest.raises(Transient):
+            check_reply(status=status, content_range=told, start=5, size=5)
+    filler = Filler(memoryview(bytearray(4)))
+    filler.add(b"ab")
+    with pytest.raises(Transient, match="longer than the 4 bytes"):
+        filler.add(b"cde")
+    with pytest.raises(Transient, match="ended 2 bytes early") as raised:
+        filler.finish()
+    assert raised.value.filled == 2
+
+
+def test_a_status_means_one_thing_for_all_schemes():
+    assert refusal(200, "") is refusal(206, "") is None
+    assert {type(refusal(status, "")) for status in (404, 410, 412, 416)} == {FileNotFoundError}
+    assert {type(refusal(status, "")) for status in (401, 403)} == {PermissionError}
+    assert {type(refusal(status, "")) for status in (408, 429, 500, 502, 503, 504)} == {Transient}
+    assert {type(refusal(status, "")) for status in (301, 400, 405)} == {Unusable}
