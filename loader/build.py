@@ -25,7 +25,7 @@ def build_model(config: Config, job: Job, mesh: DeviceMesh, device: torch.device
     if builder is None:
         return _state_dict(config, job, mesh, device)
     model = _transformers(config, job, mesh) if builder == "transformers" else _users(builder, config, job, mesh)
-    job.memory.start()
+    job.watch_memory()
     materialise(model, device)
     return model
 
@@ -53,7 +53,7 @@ def _state_dict(config: Config, job: Job, mesh: DeviceMesh, device: torch.device
         (rule.match, {dim: at for dim, at in rule.shard.items() if dim in known})  # a dim of size 1 may be left out
         for rule in config.placements
     ]
-    job.memory.start()
+    job.watch_memory()
     return empty_state_dict(tensors, mesh, rules, device)
 
 

@@ -20,10 +20,11 @@ from loader.convert.lazy import Convert
 from loader.convert.named import NAMED, named
 from loader.errors import CatalogError, ConfigError
 from loader.exchange.control import Control
-from loader.memory import PeakMemory
+from loader.memory import PeakMemory, anonymous_bytes
 from loader.place.targets import Target, targets_of
 from loader.place.user_code import resolve
 from loader.store.base import Access
+from loader.store.schemes import import_scheme
 from loader.store.source import Source, read_source
 from loader.store.store import Store
 from loader.stream.load import Loaded, fill
@@ -40,17 +41,24 @@ class Job:
         self.memory = PeakMemory()
         with control.phase("open"):
             access = Access(uri, dict(storage_options), read.concurrency, read.timeout)
+            import_scheme(access)  # imports are no cost of a load; what is taken from here on is
+            before = anonymous_bytes()
             self.store = Store(access, retries=read.retries, deadline=read.deadline)
         with control.phase("catalog"):
             found = pack(read_source(self.store, read.concurrency)) if control.rank == 0 else b""
             self.source: Source = unpack(control.broadcast("source", found))
         self.catalog_seconds = time.monotonic() - self.begun
+        self._held_bytes = max(0, anonymous_bytes() - before)
 
     def trace(self, convert: Convert | None, ignore: Sequence[str], strip_prefix: str) -> None:
         """Decide which keys count, under which names, and trace the conversion: `names` and `outputs`."""
         with self.control.phase("trace"):
             self.names = visible_keys(self.source.catalog, ignore, strip_prefix)
             self.outputs = apply(convert, self.source.catalog, self.names, self.hf_config() if convert else None)
+
+    def watch_memory(self) -> None:
+        """Measure from now on, with what the client and the catalog hold. Before memory is given to the model."""
+        self.memory.start(self._held_bytes)
 
     def load(
         self, target: nn.Module | Mapping[str, Tensor], *, mesh: Mapping[str, int], needless: Collection[str] = ()
@@ -67,7 +75,7 @@ class Job:
     ) -> reports.Report:
         with self.control.phase("place"):
             targets = targets_of(target)
-            self.memory.start()
+            self.watch_memory()
         wanted = {name: at for name, at in self.names.items() if name not in needless}
         loaded = self.fill(targets, wanted.values(), self.control, show=True)
         return self._report(loaded, mesh, len(wanted))

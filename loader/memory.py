@@ -36,12 +36,15 @@ class PeakMemory:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="peak-memory", daemon=True)
 
-    def start(self) -> None:
-        """Take the baseline and sample from now on. The first call counts."""
+    def start(self, held: int = 0) -> None:
+        """Take the baseline and sample from now on. The first call counts.
+
+        `held` bytes were taken before and count as well: the storage client's, for one.
+        """
         if sys.platform == "linux" and self._peak is None:
             self._status = os.open("/proc/self/status", os.O_RDONLY)
-            self._baseline = self._anonymous()
-            self._peak = 0
+            self._baseline = _anonymous(self._status) - held
+            self._peak = held
             self._thread.start()
 
     def stop(self) -> int | None:
@@ -66,10 +69,22 @@ class PeakMemory:
         while not last:
             last = self._stop.wait(self._interval)
             landed = self.landed()
-            self._peak = max(self._peak or 0, self._anonymous() - self._baseline - landed)
+            self._peak = max(self._peak or 0, _anonymous(self._status) - self._baseline - landed)
 
-    def _anonymous(self) -> int:
-        return sum(int(kilobytes) << 10 for kilobytes in _RSS.findall(os.pread(self._status, 1 << 14, 0)))
+
+def anonymous_bytes() -> int:
+    """This process's private and shared anonymous memory now; 0 where the system is not Linux."""
+    if sys.platform != "linux":
+        return 0
+    status = os.open("/proc/self/status", os.O_RDONLY)
+    try:
+        return _anonymous(status)
+    finally:
+        os.close(status)
+
+
+def _anonymous(status: int) -> int:
+    return sum(int(kilobytes) << 10 for kilobytes in _RSS.findall(os.pread(status, 1 << 14, 0)))
 
 
 def untouched_bytes(tensors: Iterable[Tensor]) -> int | None:

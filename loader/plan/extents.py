@@ -30,7 +30,8 @@ FINEST = 64
 """A read that costs more than a round holds is cut finer, down to 1/64 of the range size."""
 
 
-CLIENT_BYTES = 20 << 20
+CLIENT_BYTES = 26 << 20
+"""What an open S3 client takes beside the rounds: 16 MiB are botocore's models of the service, the rest connections."""
 
 
 class Limits(NamedTuple):
@@ -44,13 +45,12 @@ class Limits(NamedTuple):
     def within(cls, memory_budget: int, range_size: int) -> Limits:
         """Share a budget (bytes) between rounds.
 
-        A quarter, and 20 MiB where the budget has them, is left to clients and the interpreter: an open S3 client alone
-        takes 16 MiB (botocore's models of the service). The rest holds 2 to 4 rounds, so that one is read while
-        another is exchanged: more than 2 where each holds 4.8 ranges, which is 1.6 read, packed and received. Reads
-        stay at the range size; only the keys whose reads do not fit a round are cut finer. Ranges of 8 MiB: 512 MiB
-        give 4 rounds of 96 MiB, 64 MiB give 2 of 22 MiB.
+        A quarter is left to clients and the interpreter, or CLIENT_BYTES if that is more, but no more than half. The
+        rest holds 2 to 4 rounds, so that one is read while another is exchanged: more than 2 where each holds 4.8
+        ranges, which is 1.6 read, packed and received. Reads stay at the range size; only the keys whose reads do not
+        fit a round are cut finer. Ranges of 8 MiB: 512 MiB give 4 rounds of 96 MiB, 64 MiB give 2 of 19 MiB.
         """
-        usable = memory_budget - max(memory_budget // 4, min(CLIENT_BYTES, memory_budget // 3))
+        usable = memory_budget - max(memory_budget // 4, min(CLIENT_BYTES, memory_budget // 2))
         rounds = max(2, min(4, usable * 10 // (48 * range_size)))
         return cls(min(range_size, usable // rounds), usable // rounds, rounds)
 

@@ -8,16 +8,36 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from contextlib import suppress
+from typing import Any
+
+import fsspec
 
 from loader.store.base import Access, Scheme
 
 
 def open_scheme(access: Access) -> Scheme:
     """Open `access.uri` with the module that serves its scheme."""
-    scheme = access.uri.partition("://")[0] if "://" in access.uri else "file"
+    return _module(access.uri).open_scheme(access)  # type: ignore[no-any-return]
+
+
+def import_scheme(access: Access) -> None:
+    """Import all that `open_scheme` would, and open nothing. What cannot be imported, opening it tells.
+
+    A module may have a `before_import(access)`, for a client that reads its environment once.
+    """
+    getattr(_module(access.uri), "before_import", lambda _: None)(access)
+    with suppress(ImportError, ValueError):
+        fsspec.get_filesystem_class(_scheme(access.uri))
+
+
+def _scheme(uri: str) -> str:
+    return uri.partition("://")[0] if "://" in uri else "file"
+
+
+def _module(uri: str) -> Any:
     for found in pkgutil.iter_modules(__path__):
         module = importlib.import_module(f"{__name__}.{found.name}")
-        if scheme in module.SCHEMES:
-            return module.open_scheme(access)  # type: ignore[no-any-return]
-    other = importlib.import_module(f"{__name__}.other")
-    return other.open_scheme(access)  # type: ignore[no-any-return]
+        if _scheme(uri) in module.SCHEMES:
+            return module
+    return importlib.import_module(f"{__name__}.other")

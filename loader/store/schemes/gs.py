@@ -84,10 +84,14 @@ class GsScheme:
         return objects if key is None else f"{objects}/{quote(key, safe='')}"
 
 
-def open_scheme(access: Access) -> Scheme:
-    # Read when gcsfs is imported: it would ask for the bucket's type over gRPC, which an emulator never answers.
+def before_import(access: Access) -> None:
+    """Keep gcsfs from asking for the bucket's type over gRPC, which an emulator never answers: it decides at import."""
     if "STORAGE_EMULATOR_HOST" in os.environ or "endpoint_url" in access.storage_options:
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+
+
+def open_scheme(access: Access) -> Scheme:
+    before_import(access)
     fs, path = url_to_fs(access.uri, **access.storage_options, skip_instance_cache=True)
     run_on_loop(fs.loop, fs._set_session)  # noqa: SLF001
     return GsScheme(fs, path.rstrip("/"), access.timeout)
