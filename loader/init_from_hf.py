@@ -21,7 +21,7 @@ from loader.exchange.control import Control
 from loader.exchange.group import own_device, process_group
 from loader.run import run
 
-LEAVE = 5.0
+LEAVE = 3.0
 """Seconds that a rank with an error waits for the others to have told theirs."""
 
 

@@ -86,6 +86,8 @@ class Watch:
         found = from_wire(first)
         if first.decode() == mine and isinstance(error, LoaderError):
             error.rank, found = found.rank, error  # with its cause
+            with self._lock:
+                self._error = error  # the watch may have read it back already, without
         return self._set_error(found)
 
     @property

@@ -318,7 +318,7 @@ def test_nothing_is_left_behind(world):
     deadline = time.monotonic() + 5
     while threading.active_count() > before and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert threading.active_count() == before
+    assert threading.active_count() <= before  # an earlier test's may have ended meanwhile
 
 
 def test_a_process_alone_needs_no_store():
