@@ -5,12 +5,24 @@ One thread owns the process group: whoever makes the transport is the only one t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
 from torch import Tensor
 
 from loader.errors import LostRankError
+
+
+@contextmanager
+def _with(peer: int) -> Iterator[None]:
+    """Whatever gloo raises, at a transfer's start or its end, is a connection that broke."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise LostRankError(f"the connection to rank {peer} broke: {reason}", rank=peer) from error
 
 
 class Work:
@@ -23,11 +35,8 @@ class Work:
 
     def wait(self) -> None:
         """Wait for its end. Raises LostRankError where the connection broke."""
-        try:
+        with _with(self._peer):
             self._work.wait()
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise LostRankError(f"the connection to rank {self._peer} broke: {reason}", rank=self._peer) from error
 
 
 class Transport:
@@ -39,12 +48,20 @@ class Transport:
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
 
     def send(self, view: Tensor, to: int) -> Work:
-        """Start sending a contiguous uint8 tensor, which must stay as it is until the work is done."""
-        return Work(dist.isend(view, to, group=self._group), to)
+        """Start sending a contiguous uint8 tensor, which must stay as it is until the work is done.
+
+        Raises LostRankError where the connection broke.
+        """
+        with _with(to):
+            return Work(dist.isend(view, to, group=self._group), to)
 
     def receive(self, view: Tensor, sender: int) -> Work:
-        """Start receiving into a contiguous uint8 tensor. Messages from one sender arrive in the order sent."""
-        return Work(dist.irecv(view, sender, group=self._group), sender)
+        """Start receiving into a contiguous uint8 tensor. Messages from one sender arrive in the order sent.
+
+        Raises LostRankError where the connection broke.
+        """
+        with _with(sender):
+            return Work(dist.irecv(view, sender, group=self._group), sender)
 
     def close(self) -> None:
         dist.destroy_process_group(self._group)
