@@ -3,6 +3,7 @@ import threading
 import torch
 
 from loader.memory import PeakMemory, untouched_bytes
+from loader.stream.buffers import own_memory
 from tests.ranks import run_ranks
 
 MIB = 1 << 20
@@ -64,7 +65,7 @@ def test_what_landed_in_shards_is_not_counted():
 
 
 def test_fresh_storage_is_untouched_until_it_is_written():
-    tensor = torch.empty(64 * MIB, dtype=torch.uint8)
+    tensor = own_memory(64 * MIB)  # malloc may hand out what another test has touched
     page = 4096 * 512  # of transparent huge pages, too
     assert 63 * MIB <= untouched_bytes([tensor]) <= 64 * MIB
     tensor[: 32 * MIB] = 1
