@@ -39,7 +39,7 @@ def needless_keys(config: Config, job: Job, model: Model) -> list[str]:
     assert isinstance(model, nn.Module)
     own = {clean_fqn(name) for name in model.state_dict()}
     patterns = [re.compile(pattern) for pattern in ignorable(model)]
-    return [name for name in job.names if name not in own and any(each.search(name) for each in patterns)]
+    return [name for name in job.keys if name not in own and any(each.search(name) for each in patterns)]
 
 
 def _state_dict(config: Config, job: Job, mesh: DeviceMesh, device: torch.device) -> Model:

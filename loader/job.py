@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from loader import report as reports
 from loader.config import Read
 from loader.convert.conversion import apply, visible_keys
+from loader.convert.graph import keys_of
 from loader.convert.lazy import Convert
 from loader.convert.named import NAMED, named
 from loader.errors import CatalogError, ConfigError
@@ -51,10 +52,10 @@ class Job:
         self._held_bytes = max(0, anonymous_bytes() - before)
 
     def trace(self, convert: Convert | None, ignore: Sequence[str], strip_prefix: str) -> None:
-        """Decide which keys count, under which names, and trace the conversion: `names` and `outputs`."""
+        """Decide which keys count, under which names, and trace the conversion: `keys` and `outputs`."""
         with self.control.phase("trace"):
-            self.names = visible_keys(self.source.catalog, ignore, strip_prefix)
-            self.outputs = apply(convert, self.source.catalog, self.names, self.hf_config() if convert else None)
+            self.keys = visible_keys(self.source.catalog, ignore, strip_prefix)
+            self.outputs = apply(convert, self.keys, self.hf_config() if convert else None)
 
     def watch_memory(self) -> None:
         """Measure from now on, with what the client and the catalog hold. Before memory is given to the model."""
@@ -76,8 +77,8 @@ class Job:
         with self.control.phase("place"):
             targets = targets_of(target)
             self.watch_memory()
-        wanted = {name: at for name, at in self.names.items() if name not in needless}
-        loaded = self.fill(targets, wanted.values(), self.control, show=True)
+        wanted = [node for name, node in self.keys.items() if name not in needless]
+        loaded = self.fill(targets, set(keys_of(*wanted)), self.control, show=True)
         return self._report(loaded, mesh, len(wanted))
 
     def fill(self, targets: Sequence[Target], wanted: Collection[int], control: Control, *, show: bool) -> Loaded:

@@ -76,8 +76,8 @@ def iter_convert(
         job = Job(uri, dict(storage_options or {}), reading, control)
         job.trace(conversion, ignore, strip_prefix)
         with control.phase("coverage"):
-            used = {key for node in job.outputs.values() for key in keys_of(node)}
-            check_unused([frozenset(job.names.values()) - used], job.source.catalog.entries)
+            unused = frozenset(keys_of(*job.keys.values())) - frozenset(keys_of(*job.outputs.values()))
+            check_unused([unused], job.source.catalog.entries)
     for batch in _batches(job.outputs, budget):
         tensors = {fqn: own_memory(size_of(node)).view(node.dtype).view(node.shape) for fqn, node in batch.items()}
         with Control(None, 0, 1) as control:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -18,48 +18,43 @@ Outputs = Mapping[str, Node]
 """By FQN, what each output is made of."""
 
 
-def apply(convert: Convert | None, catalog: Catalog, names: Mapping[str, int], hf_config: Any) -> Outputs:
-    """Trace `convert(checkpoint, hf_config)`; None keeps HF names and layouts.
+def apply(convert: Convert | None, keys: Mapping[str, Node], hf_config: Any) -> Outputs:
+    """Trace `convert(checkpoint, hf_config)` on what it sees as `keys`; None keeps HF names and layouts.
 
-    `names` are the keys that the conversion sees, each with its position in the catalog. Raises ConversionError.
+    Raises ConversionError.
     """
-    entries = list(catalog.entries.values())
-    if convert is None:
-        return {fqn: Key(entries[at].shape, entries[at].dtype, at) for fqn, at in names.items()}
-    return trace(convert, Checkpoint(catalog, names), hf_config)
+    return keys if convert is None else trace(convert, Checkpoint(keys), hf_config)
 
 
 class Checkpoint(Mapping[str, Tensor]):
     """What a conversion is given: the visible keys as lazy tensors. A missing key is told with its nearest."""
 
-    def __init__(self, catalog: Catalog, names: Mapping[str, int]) -> None:
-        self._entries = list(catalog.entries.values())
-        self._names = names
+    def __init__(self, keys: Mapping[str, Node]) -> None:
+        self._keys = keys
         self._made: dict[str, LazyTensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._made:
-            if name not in self._names:
-                raise MissingKeyError(name, self._names)
-            position = self._names[name]
-            self._made[name] = lazy_key(name, position, self._entries[position])
+            if name not in self._keys:
+                raise MissingKeyError(name, self._keys)
+            self._made[name] = lazy_key(name, self._keys[name])
         return self._made[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._names
+        return name in self._keys
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+        return iter(self._keys)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._keys)
 
 
 class MissingKeyError(ConversionError, KeyError):
     """The conversion asked for a key that the checkpoint lacks. A KeyError, for conversions that catch one."""
 
-    def __init__(self, name: str, names: Mapping[str, int]) -> None:
-        near = difflib.get_close_matches(name, names, n=3)
+    def __init__(self, name: str, keys: Collection[str]) -> None:
+        near = difflib.get_close_matches(name, keys, n=3)
         hint = f"; the nearest that there are: {', '.join(near)}" if near else ""
         super().__init__(
             f"the conversion needs key {name!r}, which the checkpoint does not have{hint}. "
@@ -67,22 +62,22 @@ class MissingKeyError(ConversionError, KeyError):
         )
 
 
-def visible_keys(catalog: Catalog, ignore: Sequence[str], strip_prefix: str) -> dict[str, int]:
-    """Names under which a conversion sees the keys, with each key's position in the catalog.
+def visible_keys(catalog: Catalog, ignore: Sequence[str], strip_prefix: str) -> dict[str, Node]:
+    """The keys as a conversion sees them, by the names under which it does.
 
     Keys that a glob of `ignore` matches are left out; `strip_prefix` is then taken off the names that begin with it.
     Raises CoverageError where that gives two keys one name.
     """
     seen: dict[str, str] = {}
-    names: dict[str, int] = {}
-    for position, key in enumerate(catalog.entries):
+    keys: dict[str, Node] = {}
+    for position, (key, entry) in enumerate(catalog.entries.items()):
         if any(fnmatch.fnmatchcase(key, glob) for glob in ignore):
             continue
         name = key.removeprefix(strip_prefix)
-        if name in names:
+        if name in keys:
             raise CoverageError(
                 f"source.strip_prefix {strip_prefix!r} gives {seen[name]!r} and {key!r} one name, {name!r}: "
                 "leave one of them out with source.ignore"
             )
-        seen[name], names[name] = key, position
-    return names
+        seen[name], keys[name] = key, Key(entry.shape, entry.dtype, position)
+    return keys

@@ -146,11 +146,11 @@ def partners(nodes: Iterable[Node]) -> list[set[int]]:
     return list({id(group): group for group in groups.values()}.values())
 
 
-def keys_of(node: Node) -> Iterator[int]:
-    """Positions of the keys that `node` is made of, each once."""
+def keys_of(*nodes: Node) -> Iterator[int]:
+    """Positions of the keys that `nodes` are made of, each once."""
     seen: set[int] = set()
     found: set[int] = set()
-    open_nodes = [node]
+    open_nodes = list(nodes)
     while open_nodes:
         current = open_nodes.pop()
         if id(current) in seen:

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from loader.convert.graph import Constant, Key, Node
+from loader.convert.graph import Constant, Node
 from loader.convert.ops import RULES
 from loader.errors import ConversionError, LoaderError
-from loader.plan.catalog import Entry
 from loader.plan.geometry import contiguous_strides
 
 
@@ -46,9 +45,8 @@ class LazyTensor(torch.Tensor):
         raise _looks_at_values("numpy", self.origin)
 
 
-def lazy_key(name: str, position: int, entry: Entry) -> LazyTensor:
-    like = _meta(entry.shape, contiguous_strides(entry.shape), entry.dtype)
-    return LazyTensor(Key(entry.shape, entry.dtype, position), name, like)
+def lazy_key(name: str, node: Node) -> LazyTensor:
+    return LazyTensor(node, name, _meta(node.shape, contiguous_strides(node.shape), node.dtype))
 
 
 def _record(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

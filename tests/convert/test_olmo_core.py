@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 
 import loader
-from loader.convert.conversion import Checkpoint
+from loader.convert.conversion import Checkpoint, visible_keys
 from loader.convert.graph import Node
 from loader.convert.lazy import trace
 from loader.convert.olmo_core import convert, convert_dropless
@@ -136,7 +136,7 @@ def lazily(tensors: Mapping[str, Tensor]) -> Checkpoint:
     for key, tensor in tensors.items():
         entries[key] = Entry(tensor.dtype, tuple(tensor.shape), 0, at, at + tensor.nbytes)
         at += tensor.nbytes
-    return Checkpoint(Catalog((File("f", at, "pin", 0),), entries), {key: at for at, key in enumerate(entries)})
+    return Checkpoint(visible_keys(Catalog((File("f", at, "pin", 0),), entries), (), ""))
 
 
 def pulled(node: Node, box: Box, sources: Sequence[Tensor]) -> Tensor:

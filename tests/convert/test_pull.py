@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loader.convert.conversion import Checkpoint
+from loader.convert.conversion import Checkpoint, visible_keys
 from loader.convert.graph import Node
 from loader.convert.lazy import trace
 from loader.convert.pull import Fill, Join, Move, pull_back
@@ -26,7 +26,7 @@ def checkpoint(tensors: dict[str, Tensor]) -> Checkpoint:
         size = tensor.numel() * tensor.element_size()
         entries[name] = Entry(tensor.dtype, tuple(tensor.shape), 0, at, at + size)
         at += size
-    return Checkpoint(Catalog((File("f", at, "pin", 0),), entries), {name: i for i, name in enumerate(entries)})
+    return Checkpoint(visible_keys(Catalog((File("f", at, "pin", 0),), entries), (), ""))
 
 
 def fill(node: Node, box: Box, view: Tensor, sources: Sequence[Tensor]) -> int:
