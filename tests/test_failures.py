@@ -34,7 +34,7 @@ from tests.torchrun import torchrun
 
 RANKS = 4
 TENSORS = {f"layers.{n}.weight": (torch.bfloat16, (1000, 1000)) for n in range(8)}  # 16 MB, in several rounds
-READ = {"range_size": "128KiB", "memory_budget": "8MiB", "retries": 1, "timeout": "1s", "concurrency": 4}
+READ = {"range_size": "128KiB", "memory_budget": "32MiB", "retries": 1, "timeout": "1s", "concurrency": 4}
 FILE = "model.safetensors"
 
 Told = tuple[str, str, int | None, float]

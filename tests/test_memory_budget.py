@@ -13,6 +13,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from loader.errors import MemoryBudgetError
 from loader.library import load  # now: imports are no part of a load
 from loader.report import Report
 from loader.store.base import Access
@@ -22,7 +23,7 @@ from tests.shards import write_file
 
 MIB = 1 << 20
 BUDGET = 16 * MIB
-WITH_CLIENT = 64 * MIB
+WITH_CLIENT = 32 * MIB
 """An open S3 client takes 16 MiB, whatever it reads (botocore's models), and is counted."""
 LAYOUTS = {"fsdp": Shard(0), "tp columns": Shard(1), "replicated": Replicate()}
 SHAPES = {"large": (4096, 5632), **{f"layers.{n}": (2048, 1024) for n in range(30)}, "odd": (1021, 513)}
@@ -98,8 +99,8 @@ def directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("checkpoint")
     path = directory / "model.safetensors"
     write_file(path, {key: _tensor(key) for key in SHAPES})
-    assert path.stat().st_size >= 8 * BUDGET
-    assert _tensor("large").nbytes > 2 * BUDGET
+    assert path.stat().st_size >= 8 * WITH_CLIENT
+    assert _tensor("large").nbytes > 2 * WITH_CLIENT
     return directory
 
 
@@ -123,3 +124,15 @@ def test_the_peak_above_the_shards_is_within_the_budget(directory, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_bucket_s_client_is_within_it_too(s3, uri, layout):
     _check(uri, s3.storage_options, layout, WITH_CLIENT)
+
+
+def _refused(uri: str, options: Mapping) -> str:
+    with pytest.raises(MemoryBudgetError) as error:
+        _load(uri, options, "fsdp", BUDGET)
+    return str(error.value)
+
+
+def test_a_budget_that_the_client_alone_takes_is_refused(s3, uri):
+    (message,) = set(run_ranks(4, _refused, uri, s3.storage_options))
+    assert message.startswith("read.memory_budget: 16777216 bytes, of which the storage client")
+    assert message.endswith("set it to at least 27MiB")

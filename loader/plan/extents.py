@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from loader.errors import MemoryBudgetError
 from loader.plan.blocks import Block, cut, join, may_join
 from loader.plan.catalog import Entry
 from loader.plan.geometry import Box
@@ -30,8 +31,8 @@ FINEST = 64
 """A read that costs more than a round holds is cut finer, down to 1/64 of the range size."""
 
 
-CLIENT_BYTES = 26 << 20
-"""What an open S3 client takes beside the rounds: 16 MiB are botocore's models of the service, the rest connections."""
+LEAST_USABLE = 2 << 20
+"""Bytes for rounds without which a load would be all latency: two rounds of a read of 200 KiB each."""
 
 
 class Limits(NamedTuple):
@@ -42,15 +43,22 @@ class Limits(NamedTuple):
     rounds_in_flight: int
 
     @classmethod
-    def within(cls, memory_budget: int, range_size: int) -> Limits:
+    def within(cls, memory_budget: int, range_size: int, reserved: int) -> Limits:
         """Share a budget (bytes) between rounds.
 
-        A quarter is left to clients and the interpreter, or CLIENT_BYTES if that is more, but no more than half. The
-        rest holds 2 to 4 rounds, so that one is read while another is exchanged: more than 2 where each holds 4.8
-        ranges, which is 1.6 read, packed and received. Reads stay at the range size; only the keys whose reads do not
-        fit a round are cut finer. Ranges of 8 MiB: 512 MiB give 4 rounds of 96 MiB, 64 MiB give 2 of 19 MiB.
+        A quarter is left to what is not planned, or `reserved` bytes if that is more. The rest holds 2 to 4 rounds, so
+        that one is read while another is exchanged: more than 2 where each holds 4.8 ranges, which is 1.6 read, packed
+        and received. Reads stay at the range size; only the keys whose reads do not fit a round are cut finer. Ranges
+        of 8 MiB: 512 MiB give 4 rounds of 96 MiB; 64 MiB, 26 of them reserved, give 2 of 19 MiB.
+
+        Raises MemoryBudgetError where next to nothing is left.
         """
-        usable = memory_budget - max(memory_budget // 4, min(CLIENT_BYTES, memory_budget // 2))
+        usable = memory_budget - max(memory_budget // 4, reserved)
+        if usable < LEAST_USABLE:
+            raise MemoryBudgetError(
+                f"read.memory_budget: {memory_budget} bytes, of which the storage client, the catalog and what waits for "
+                f"its partners take {reserved}: set it to at least {-(-(reserved + LEAST_USABLE) >> 20)}MiB"
+            )
         rounds = max(2, min(4, usable * 10 // (48 * range_size)))
         return cls(min(range_size, usable // rounds), usable // rounds, rounds)
 

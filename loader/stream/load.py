@@ -55,6 +55,7 @@ def fill(
     share: Share,
     node: str,
     memory_budget: int,
+    reserved: int,
     range_size: int,
     concurrency: int,
     deadline: float,
@@ -63,13 +64,14 @@ def fill(
 ) -> Loaded:
     """Fill `targets` from the catalogued files. Collective; either every rank returns or every rank raises one error.
 
-    `memory` is started by the caller and stopped here. `show` is whether rank 0 shows the progress.
+    `reserved` bytes of the budget are taken by what the caller holds. `memory` is started by the caller and stopped
+    here. `show` is whether rank 0 shows the progress.
     """
     begun = time.monotonic()
     together = partners(outputs.values())
-    limits = Limits.within(
-        memory_budget // 2 if together else memory_budget, range_size
-    )  # what waits has the other half
+    waiting = max(0, memory_budget - reserved) // 2 if together else 0
+    with control.phase("budget"):
+        limits = Limits.within(memory_budget, range_size, reserved + waiting)
     with control.phase("targets"):
         demand, landings = make_demand(targets, outputs, catalog.entries, visible, memory_budget // PORTIONS)
     planned = agree_on_plan(control, demand, catalog, share=share, node=node, limits=limits, partners=together)

@@ -153,7 +153,7 @@ def phase(name):
 
 
 def simulate(names, entries, mesh, placements):
-    limits = Limits.within(512 * MiB, 8 * MiB)
+    limits = Limits.within(512 * MiB, 8 * MiB, 0)
     with phase("needs"):
         classes = classes_of(names, entries, mesh, placements)
     with phase("cut"):

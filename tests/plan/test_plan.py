@@ -146,7 +146,7 @@ def test_ranks_that_need_the_same_of_an_extent_are_sent_one_payload():
 )
 def test_large_parts_are_read_in_ranges_of_the_given_size(mesh, budget, shape):
     job = mesh_job(lay_out([shape, (7, 9), shape]), *mesh)
-    plan = plan_of(job, Limits.within(budget * MiB, 8 * MiB))
+    plan = plan_of(job, Limits.within(budget * MiB, 8 * MiB, 24 * MiB))
     assert len(plan.start) <= 1.25 * plan.needed_bytes / (8 * MiB) + 2 + 8
 
 

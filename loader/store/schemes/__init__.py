@@ -1,7 +1,7 @@
 """One module for each storage scheme; `SCHEMES` in it lists the URI schemes it serves.
 
-To add one, add a module here with `SCHEMES` and `open_scheme(access: Access) -> Scheme`. What no module serves goes
-through `other`, by fsspec's generic interface.
+To add one, add a module here with `SCHEMES`, `CLIENT_BYTES` and `open_scheme(access: Access) -> Scheme`. What no module
+serves goes through `other`, by fsspec's generic interface.
 """
 
 from __future__ import annotations
@@ -29,6 +29,11 @@ def import_scheme(access: Access) -> None:
     getattr(_module(access.uri), "before_import", lambda _: None)(access)
     with suppress(ImportError, ValueError):
         fsspec.get_filesystem_class(_scheme(access.uri))
+
+
+def client_bytes(uri: str) -> int:
+    """Host memory that an open client takes beside what it reads, as measured for its module."""
+    return int(_module(uri).CLIENT_BYTES)
 
 
 def _scheme(uri: str) -> str:

@@ -9,6 +9,7 @@ from fsspec.core import url_to_fs
 from loader.store.base import Access, Filler, Scheme, Stat, Transient, changed, told
 
 SCHEMES = ()
+CLIENT_BYTES = 8 << 20  # a guess: as for HTTP
 
 PIN_FIELDS = ("ETag", "etag", "generation", "checksum", "mtime", "LastModified", "last_modified", "updated", "created")
 

@@ -24,6 +24,8 @@ from loader.store.base import (
 )
 
 SCHEMES = ("http", "https")
+CLIENT_BYTES = 8 << 20
+"""Measured: 0.5 MiB as it is open, 3 to 6 with 16 connections at work."""
 
 
 def check_status(status: int, reason: str | None) -> None:
