@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -21,6 +22,9 @@ from loader.exchange.watch import BEAT, Watch
 
 POLL = (0.001, 0.1)
 """First and longest pause in seconds between looks at a key. (The store's own `wait` cannot be interrupted.)"""
+LEAVING = 0.02
+"""Seconds between looks at who is about to end, more for over 200 ranks. All are to end at once: when the first one's
+torchrun agent is gone, and hosted the rendezvous, the next agent fails for that and tells no cause."""
 
 _loads = itertools.count()
 
@@ -95,10 +99,10 @@ class Control(Watch):
         with suppress(LoaderError, RuntimeError, OSError):
             left = self._caller.call(lambda: self._store.add("left", 1), give_up)
             while left < staying and time.monotonic() < until:
-                time.sleep(POLL[1])
+                time.sleep(max(LEAVING, staying / 10_000))
                 left = self._caller.call(lambda: self._store.add("left", 0), give_up)
-        if self.rank == 0:
-            time.sleep(2 * POLL[1])  # it may host the store, at which the others are still looking
+        if self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            time.sleep(5 * LEAVING)  # it hosts the store, at which the others are still looking
 
     # Results. They are asked for within a phase: what a rank gave is gone when it has left the context.
 

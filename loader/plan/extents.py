@@ -56,8 +56,8 @@ class Limits(NamedTuple):
         usable = memory_budget - max(memory_budget // 4, reserved)
         if usable < LEAST_USABLE:
             raise MemoryBudgetError(
-                f"read.memory_budget: {memory_budget} bytes, of which the storage client, the catalog and what waits for "
-                f"its partners take {reserved}: set it to at least {-(-(reserved + LEAST_USABLE) >> 20)}MiB"
+                f"read.memory_budget: {memory_budget} bytes, of which the storage client, the catalog and what waits "
+                f"for its partners take {reserved}: set it to at least {-(-(reserved + LEAST_USABLE) >> 20)}MiB"
             )
         rounds = max(2, min(4, usable * 10 // (48 * range_size)))
         return cls(min(range_size, usable // rounds), usable // rounds, rounds)
