@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -42,20 +42,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = own_device(parsed.model.device)
     except LoaderError as error:
         config = error
-    with process_group(device), Control.of_group() as control:
-        try:
-            return _run(config, control, device)
-        except Exception as error:  # noqa: BLE001 - what no phase caught is told as a bug of ours
-            end(control.fail(error), control)
+    with process_group(device):
+        with Control.of_group() as control:
+            try:
+                go_on = _run(config, control, device)
+            except Exception as error:  # noqa: BLE001 - what no phase caught is told as a bug of ours
+                end(control.fail(error), control)
+        code = go_on()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, for another rank's code: this one's is decided
+        return code
 
 
-def _run(config: Config | LoaderError, control: Control, device: torch.device) -> int:
+def _run(config: Config | LoaderError, control: Control, device: torch.device) -> Callable[[], int]:
     with control.phase("config"):
         if isinstance(config, LoaderError):
             raise config
-    code = run(config, control, device)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, for another rank's code: this one's is decided
-    return code
+    return run(config, control, device)
 
 
 def end(error: LoaderError, control: Control) -> NoReturn:

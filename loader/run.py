@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -21,8 +22,12 @@ from loader.store.store import split_uri
 from loader.uri import public_uri
 
 
-def run(config: Config, control: Control, device: torch.device) -> int:
-    """Build, load, report, hand over: every rank of the default process group calls it. Returns the exit code."""
+def run(config: Config, control: Control, device: torch.device) -> Callable[[], int]:
+    """Build, load, report: every rank of the default process group calls it.
+
+    Returns what is left to do, and gives the exit code: the user's program. It may train for weeks, so it is to be
+    called when `control` is closed.
+    """
     with control.phase("start"):
         # A model of transformers is loaded as transformers declares; its dense ones mostly have nothing to convert.
         declared = "transformers" if config.model.builder == "transformers" else None
@@ -33,7 +38,7 @@ def run(config: Config, control: Control, device: torch.device) -> int:
         mesh = make_mesh(dims, device.type)
     with _output(config, control) as wanted:
         if not wanted:
-            return 0
+            return lambda: 0
         job = Job(config.source.uri, config.source.storage_options, config.read, control)
         job.trace(convert, config.source.ignore, config.source.strip_prefix)
         with control.phase("build"):
@@ -45,7 +50,7 @@ def run(config: Config, control: Control, device: torch.device) -> int:
             print(report.table(), flush=True)  # noqa: T201 - what the command is asked for
             if config.report is not None:
                 report.write(config.report)
-    return entrypoint.call(user_program, model, mesh, report) if user_program else 0
+    return partial(entrypoint.call, user_program, model, mesh, report) if user_program else lambda: 0
 
 
 @contextmanager

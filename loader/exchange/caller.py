@@ -20,7 +20,8 @@ class Caller:
 
     def __init__(self, name: str) -> None:
         self._calls: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None] = queue.SimpleQueue()
-        threading.Thread(target=self._run, name=name, daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
 
     def call(self, work: Callable[[], T], give_up: Callable[[], BaseException | None]) -> T:
         """What `work()` returns or raises; or raise what `give_up` returns, as soon as that is an error."""
@@ -36,8 +37,9 @@ class Caller:
                     raise error from None
 
     def close(self) -> None:
-        """End the thread after the calls that are waiting."""
+        """End the thread after the calls that are waiting; one that never returns is left behind."""
         self._calls.put(None)
+        self._thread.join(LOOK)
 
     def _run(self) -> None:
         while (item := self._calls.get()) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,8 @@ def call(entrypoint: Callable[[Any, Any, Any], Any], model: Any, mesh: Any, repo
     """`entrypoint(model, mesh, report)`, and the exit code that it returns: None is 0.
 
     What it raises is no error of the loader's: its traceback is printed and the code is 1, as for any Python program;
-    SystemExit and KeyboardInterrupt pass. Raises ConfigError where it returns anything else than None or 0 to 255.
+    SystemExit and KeyboardInterrupt pass. Where it returns anything else than None or 0 to 255, that is told, and the
+    code is 2: it is called when the load is over, so that its errors are this rank's alone.
     """
     try:
         code = entrypoint(model, mesh, report)
@@ -26,7 +28,9 @@ def call(entrypoint: Callable[[Any, Any, Any], Any], model: Any, mesh: Any, repo
     if isinstance(code, bool) or not isinstance(code, int) or not 0 <= code <= 255:
         name = f"{getattr(entrypoint, '__module__', '')}:{getattr(entrypoint, '__qualname__', entrypoint)}"
         found = f"{code!r:.80} ({type(code).__name__})"
-        raise ConfigError(
-            f"output.entrypoint {name} returned {found}: return None, or the process's exit code, an int from 0 to 255"
+        print(  # noqa: T201
+            f"output.entrypoint {name} returned {found}: return None, or the process's exit code, an int from 0 to 255",
+            file=sys.stderr,
         )
+        return ConfigError.exit_code
     return code

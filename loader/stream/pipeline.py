@@ -123,7 +123,6 @@ class Pipeline:
         try:
             if self._control.error is None:
                 self._read_range(read.file, read.start, memory)
-                self._control.done_bytes += read.size
         except BaseException as error:
             self._control.fail(error)
             raise
@@ -133,6 +132,7 @@ class Pipeline:
         slot = self._slots[flight.round.number % len(self._slots)]
         for read, memory, future in flight.reads:
             arrived = self._await_read(future)
+            self._control.done_bytes += read.size if arrived else 0
             for message, ranks in read.sends:
                 payload = self._payload(message, memory, slot, arrived=arrived)
                 assert self._transport is not None, "a rank alone exchanges nothing"

@@ -312,13 +312,13 @@ def test_ranks_leave_together_but_do_not_wait_for_ever(world):
 
 
 def test_nothing_is_left_behind(world):
-    before = threading.active_count()
+    before = set(threading.enumerate())
     for _ in range(30):
         together(world(2), lambda control: (control.put("much", b"x" * 1000), control.agree("end")))
     deadline = time.monotonic() + 5
-    while threading.active_count() > before and time.monotonic() < deadline:
+    while (left := set(threading.enumerate()) - before) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert threading.active_count() <= before  # an earlier test's may have ended meanwhile
+    assert left == set()
 
 
 def test_a_process_alone_needs_no_store():
