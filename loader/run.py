@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from loader.build import Model, build_model, needless_keys
+from loader.build import build_model, needless_keys
 from loader.config import Config, resolve_mesh
 from loader.errors import LoaderError
 from loader.exchange.control import Control
@@ -18,7 +18,7 @@ from loader.place.mesh import make_mesh
 from loader.place.targets import targets_of
 from loader.place.user_code import resolve
 from loader.sinks import assets, checkpoint, directory, entrypoint
-from loader.store.store import split_uri
+from loader.store.source import read_whole
 from loader.uri import public_uri
 
 
@@ -39,12 +39,17 @@ def run(config: Config, control: Control, device: torch.device) -> Callable[[], 
     with _output(config, control) as wanted:
         if not wanted:
             return lambda: 0
-        job = Job(config.source.uri, config.source.storage_options, config.read, control)
+        job = Job(config.source.pinned_uri, config.source.storage_options, config.read, control)
         job.trace(convert, config.source.ignore, config.source.strip_prefix)
+        with control.phase("assets"):
+            if config.output.checkpoint is not None and control.rank == 0:
+                assets.copy(partial(read_whole, job.store), job.source.names, config.output.checkpoint)
         with control.phase("build"):
             model = build_model(config, job, mesh, device)
         report = job.load(model, mesh=dims, needless=needless_keys(config, job, model))
-        _save(config, job, model)
+        if config.output.checkpoint is not None:
+            with control.phase("save"):
+                checkpoint.save(targets_of(model), config.output.checkpoint)
     with control.phase("report"):
         if control.rank == 0:
             print(report.table(), flush=True)  # noqa: T201 - what the command is asked for
@@ -74,15 +79,3 @@ def _output(config: Config, control: Control) -> Iterator[bool]:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # each node may have a local directory of its own
             directory.discard(url)
         raise
-
-
-def _save(config: Config, job: Job, model: Model) -> None:
-    url = config.output.checkpoint
-    if url is None:
-        return
-    with job.control.phase("assets"):  # before the checkpoint is complete, so that complete means all of it
-        if job.control.rank == 0:
-            directory_uri, _ = split_uri(config.source.uri)
-            assets.copy(directory_uri, config.source.storage_options, job.source.names, url)
-    with job.control.phase("save"):
-        checkpoint.save(targets_of(model), url)

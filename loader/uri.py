@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from urllib.parse import quote
 
 _USERINFO = re.compile(r"://[^/?#]*@")
 
@@ -15,3 +16,10 @@ def public_uri(uri: str) -> str:
     if "://" not in uri:
         return uri
     return _USERINFO.sub("://", uri).partition("?")[0]
+
+
+def at_revision(uri: str, revision: str) -> str:
+    """An hf:// URI of a model with its revision: hf://org/name/sub, refs/pr/3 -> hf://org/name@refs%2Fpr%2F3/sub"""
+    org, _, rest = uri.removeprefix("hf://").partition("/")
+    name, slash, path = rest.partition("/")
+    return f"hf://{org}/{name}@{quote(revision, safe='')}{slash}{path}"

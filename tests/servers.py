@@ -71,6 +71,15 @@ def gcs_server() -> Iterator[GCSServer]:
 @contextlib.contextmanager
 def http_server(directory: Path) -> Iterator[str]:
     """Serve `directory` over HTTP/1.1 with ranges, ETag, Last-Modified and HEAD, without listings; gives its URL."""
+    app = web.Application()
+    app.router.add_static("/", directory)
+    with serving(app) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def serving(app: web.Application) -> Iterator[str]:
+    """Serve `app` on a free port of loopback; gives its URL."""
     loop = asyncio.new_event_loop()
 
     async def serve() -> int:
@@ -79,10 +88,8 @@ def http_server(directory: Path) -> Iterator[str]:
         await site.start()
         return runner.addresses[0][1]
 
-    app = web.Application()
-    app.router.add_static("/", directory)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0)
-    thread = threading.Thread(target=loop.run_forever, name="http_server", daemon=True)
+    thread = threading.Thread(target=loop.run_forever, name="web server", daemon=True)
     thread.start()
     try:
         port = asyncio.run_coroutine_threadsafe(serve(), loop).result(10)

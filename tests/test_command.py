@@ -20,6 +20,7 @@ from torch.distributed.tensor import Shard
 
 from loader.init_from_hf import main
 from tests.checkpoints import minilm_dir, random_checkpoint, tiny_llama
+from tests.hub import hub_server
 from tests.processes import ROOT, python_path
 from tests.proxy import CountingProxy
 from tests.ranks import run_ranks
@@ -177,6 +178,27 @@ def test_a_state_dict_by_rules_to_a_checkpoint_for_another_world_size(s3, tmp_pa
     before = (tmp_path / "report.json").read_bytes()
     assert run_ranks(4, _main, str(config), ["output.if_exists=use"], init=False, env=s3.environment) == [0] * 4
     assert (tmp_path / "report.json").read_bytes() == before
+
+
+def test_a_tag_on_the_hub_to_a_checkpoint(tmp_path, placed):
+    with hub_server(tmp_path / "hub") as hub:
+        commit = hub.put(placed, "org/placed", "v1")
+        (tmp_path / "empty").mkdir()
+        hub.put(tmp_path / "empty", "org/placed", "main")
+        url, options = str(tmp_path / "out"), hub.storage_options  # from the environment, it would be read at import
+        config = _config(
+            tmp_path,
+            source={"uri": "hf://org/placed", "revision": "v1", "ignore": ["unwanted"], "storage_options": options},
+            model={"builder": None},
+            mesh={"dp_shard": 2},
+            output={"checkpoint": url},
+        )
+        assert run_ranks(2, _main, str(config), [], init=False) == [0, 0]
+    assert run_ranks(1, _read_back, url, str(placed), "unwanted") == [[]]
+    report = _report(tmp_path)
+    assert report["source"]["uri"] == "hf://org/placed@v1"
+    assert {pin.partition("/")[0] for pin in report["source"]["pins"].values()} == {commit}
+    assert (tmp_path / "out" / "config.json").exists() == (placed / "config.json").exists()
 
 
 def test_alone_without_torchrun(tmp_path, llama):

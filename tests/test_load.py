@@ -59,7 +59,7 @@ SHAPES = {
     "wide": (3, 20_001),
 }
 
-READS = [{}, {"range_size": "64KiB", "memory_budget": "8MiB", "concurrency": 2}]
+READS = [{}, {"range_size": "64KiB", "memory_budget": "32MiB", "concurrency": 2}]
 
 
 def _whole() -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ from torch.distributed.tensor import Shard
 import loader
 from loader.errors import CatalogError
 from tests.checkpoints import random_checkpoint
+from tests.hub import hub_server
 from tests.proxy import CountingProxy
 from tests.ranks import run_ranks
 from tests.servers import http_server
@@ -67,6 +68,14 @@ def test_every_layout_on_a_scheme_that_lists(request, directories, whole, scheme
         uris, options = [server.put(directory) for directory in directories.values()], server.storage_options
     uris.append(f"{uris[0]}/{ONE}")
     assert run_ranks(2, _load, uris, options, whole) == [[], []]
+
+
+def test_every_layout_on_the_hub(directories, whole, tmp_path):
+    with hub_server(tmp_path) as hub:
+        hub.token = "hf_that-nobody-may-read"
+        uris = [f"hf://org/{n}@{hub.put(directory, f'org/{n}')}" for n, directory in enumerate(directories.values())]
+        uris.append(f"{uris[0]}/{ONE}")
+        assert run_ranks(2, _load, uris, hub.storage_options, whole) == [[], []]
 
 
 def test_a_web_server_cannot_list_and_need_not(directories, whole):

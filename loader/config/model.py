@@ -23,6 +23,7 @@ from loader.config.explain import explain
 from loader.config.mesh import FILL, check_mesh
 from loader.config.values import parse_bytes, parse_dtype, parse_function, parse_seconds, show
 from loader.errors import ConfigError
+from loader.uri import at_revision, public_uri
 
 # The names torchtitan gives to mesh dims. Of these, a dim of size 1 may be left out of `mesh` and still be spoken of.
 MESH_DIMS = frozenset({"pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "etp"})
@@ -80,6 +81,22 @@ class Source(Section):
         default=(), description="globs over checkpoint keys, before strip_prefix; one that matches nothing is fine"
     )
     strip_prefix: str = Field(default="", description="left off the front of every checkpoint key")
+    revision: Text | None = Field(default=None, description="hf:// alone: a branch, tag or commit; null is main")
+
+    @field_validator("revision")
+    @classmethod
+    def _of_the_hub(cls, revision: str | None, info: ValidationInfo) -> str | None:
+        uri = info.data.get("uri", "hf://")  # absent when it was itself refused
+        if revision and not uri.startswith("hf://"):
+            raise ConfigError(f"is for hf:// alone, but source.uri is {public_uri(uri)}")
+        if revision and "@" in uri:
+            raise ConfigError(f"source.uri names a revision already: {uri}")
+        return revision
+
+    @property
+    def pinned_uri(self) -> str:
+        """`uri`, with `revision` in it."""
+        return at_revision(self.uri, self.revision) if self.revision else self.uri
 
 
 class Model(Section):

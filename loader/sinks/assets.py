@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatch
-from typing import Any
 
 from fsspec.core import url_to_fs
 
@@ -33,27 +32,19 @@ def is_asset(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in PATTERNS)
 
 
-def copy(source_uri: str, storage_options: Mapping[str, Any], names: Iterable[str], target_url: str) -> list[str]:
-    """Copy those of the files `names` in the directory `source_uri` that are assets into the directory `target_url`.
+def copy(read: Callable[[str, int], bytes], names: Iterable[str], target_url: str) -> list[str]:
+    """Copy those of the source's files `names` that are assets into the directory `target_url`.
 
-    Returns what was copied. For one rank, after `directory.prepare`. `storage_options` are the source's; the target
-    takes its own from the environment. Raises SinkError, naming the file, where one cannot be copied or is above LIMIT.
+    Returns what was copied. For one rank, after `directory.prepare`. `read(name, limit)` gives a whole file of at most
+    `limit` bytes. Raises SinkError, naming the file, where one cannot be written, and what `read` raises.
     """
     copied = sorted(filter(is_asset, names))
     for name in copied:
+        data = read(name, LIMIT)
         try:
-            _copy(f"{source_uri.rstrip('/')}/{name}", storage_options, f"{target_url.rstrip('/')}/{name}")
+            fs, path = url_to_fs(f"{target_url.rstrip('/')}/{name}")
+            fs.pipe_file(path, data)
         except Exception as error:
-            where = f"{public_uri(source_uri)}: {name} cannot be copied to {public_uri(target_url)}"
-            raise SinkError(f"{where}: {type(error).__name__}: {error}") from error
+            reason = f"{type(error).__name__}: {error}"
+            raise SinkError(f"{name} cannot be copied to {public_uri(target_url)}: {reason}") from error
     return copied
-
-
-def _copy(source: str, storage_options: Mapping[str, Any], target: str) -> None:
-    fs, path = url_to_fs(source, **storage_options)
-    with fs.open(path, "rb") as file:
-        data = file.read(LIMIT + 1)
-    if len(data) > LIMIT:
-        raise ValueError(f"it has more than {LIMIT} bytes: move it away, or give it another name")
-    fs, path = url_to_fs(target)
-    fs.pipe_file(path, data)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_SHOWN = frozenset({"endpoint_url", "region_name", "region", "project", "profile"})
+_SHOWN = frozenset({"endpoint_url", "endpoint", "region_name", "region", "project", "profile"})
 """Options that say where, not who."""
 
 _USERINFO = re.compile(r"://[^/?#\s]*@")

@@ -39,13 +39,21 @@ def read_source(store: Store, concurrency: int) -> Source:
     layout = Layout(None, tuple(names)) if store.only is not None else choose(names, store.uri)
     weight_map = None
     if layout.index is not None:
-        weight_map = parse_index(_read_whole(store, layout.index, MAX_INDEX), file=layout.index)
+        weight_map = parse_index(read_whole(store, layout.index, MAX_INDEX), file=layout.index)
         layout = Layout(layout.index, tuple(weight_files(weight_map, listed, index=layout.index, uri=store.uri)))
     with ThreadPoolExecutor(concurrency, thread_name_prefix="loader-catalog") as pool:
         read = list(pool.map(lambda numbered: _read_file(store, *numbered), enumerate(layout.files)))
     files, headers = [file for file, _ in read], [header for _, header in read]
     catalog = assemble(files, headers, weight_map=weight_map, index=layout.index)
     return Source(catalog, _read_config(store, listed), tuple(names))
+
+
+def read_whole(store: Store, name: str, limit: int) -> bytes:
+    """A small file of the directory. Raises CatalogError where it is not there, or over `limit` bytes; StoreError."""
+    stat = _stat(store, name)
+    if stat.size > limit:
+        raise CatalogError(f"{name}: {stat.size} bytes; a checkpoint's has at most {limit}. Is it the right file?")
+    return store.read_small(name, stat)
 
 
 def _read_file(store: Store, number: int, name: str) -> tuple[File, dict[str, Entry]]:
@@ -66,14 +74,7 @@ def _read_config(store: Store, listed: Sequence[str] | None) -> dict[str, Any] |
         return None
     if store.stat(CONFIG) is None:
         return None
-    return parse_object(_read_whole(store, CONFIG, MAX_INDEX), file=CONFIG, what="the config")
-
-
-def _read_whole(store: Store, name: str, limit: int) -> bytes:
-    stat = _stat(store, name)
-    if stat.size > limit:
-        raise CatalogError(f"{name}: {stat.size} bytes; a checkpoint's has at most {limit}. Is it the right file?")
-    return store.read_small(name, stat)
+    return parse_object(read_whole(store, CONFIG, MAX_INDEX), file=CONFIG, what="the config")
 
 
 def _stat(store: Store, name: str) -> Stat:

@@ -70,6 +70,6 @@ def test_the_sections_are_those_of_the_contract():
         return list(section.model_fields)
 
     assert keys(Config) == ["source", "model", "mesh", "placements", "convert", "read", "output", "report"]
-    assert keys(Source) == ["uri", "storage_options", "ignore", "strip_prefix"]
+    assert keys(Source) == ["uri", "storage_options", "ignore", "strip_prefix", "revision"]
     assert keys(Model) == ["builder", "dtype", "device"]
     assert keys(Output) == ["entrypoint", "checkpoint", "if_exists"]

@@ -1,9 +1,15 @@
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import fsspec
 import pytest
 
-from loader.errors import SinkError
+from loader.errors import CatalogError, SinkError
 from loader.sinks import assets
+from loader.store.base import Access
+from loader.store.source import read_whole
+from loader.store.store import Store
 
 ASSETS = [
     "added_tokens.json", "chat_template.jinja", "config.json", "generation_config.json", "merges.txt",
@@ -29,27 +35,35 @@ def source(tmp_path: Path) -> Path:
     return directory
 
 
+def reading(directory: Path) -> Callable[[str, int], bytes]:
+    return partial(read_whole, Store(Access(str(directory), {}, 1, 5.0), retries=0, deadline=60))
+
+
 def test_config_and_tokenizer_are_copied_and_nothing_else(source: Path, tmp_path: Path):
     target = tmp_path / "target"
     target.mkdir()
-    assert assets.copy(str(source), {}, ASSETS + OTHERS, str(target)) == ASSETS
+    assert assets.copy(reading(source), ASSETS + OTHERS, str(target)) == ASSETS
     assert {file.name: file.read_text() for file in target.iterdir()} == {name: f"this is {name}" for name in ASSETS}
 
 
-def test_from_a_bucket_with_options_to_a_bucket_without(source: Path, s3, monkeypatch):
-    uri = s3.put(source)
+def test_to_a_bucket(source: Path, s3, monkeypatch):
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     target = s3.prefix()
-    assert assets.copy(f"{uri}/", s3.storage_options, ["config.json"], f"{target}/") == ["config.json"]
-    assert assets.copy(target, {}, ["config.json"], str(source)) == ["config.json"]
-    assert (source / "config.json").read_text() == "this is config.json"
+    assert assets.copy(reading(source), ["config.json"], f"{target}/") == ["config.json"]
+    assert fsspec.open(f"{target}/config.json").open().read() == b"this is config.json"
 
 
 def test_a_file_that_is_missing_or_far_too_large_is_an_error(source: Path, tmp_path: Path):
-    with pytest.raises(SinkError, match=r"tokenizer_2.json cannot be copied .*FileNotFoundError"):
-        assets.copy(str(source), {}, ["tokenizer_2.json"], str(tmp_path))
+    with pytest.raises(CatalogError, match=r"no file tokenizer_2\.json; there are .*config\.json"):
+        assets.copy(reading(source), ["tokenizer_2.json"], str(tmp_path))
     with (source / "tokenizer.json").open("wb") as file:
         file.truncate(assets.LIMIT + 1)
-    with pytest.raises(SinkError, match=r"tokenizer.json cannot be copied .*more than \d+ bytes"):
-        assets.copy(str(source), {}, ["tokenizer.json"], str(tmp_path))
+    with pytest.raises(CatalogError, match=r"tokenizer\.json: 134217729 bytes"):
+        assets.copy(reading(source), ["tokenizer.json"], str(tmp_path))
+
+
+def test_a_target_that_cannot_be_written_is_an_error(source: Path, tmp_path: Path):
+    (tmp_path / "file").write_text("no directory")
+    with pytest.raises(SinkError, match=r"config\.json cannot be copied to .*/file: NotADirectoryError"):
+        assets.copy(reading(source), ["config.json"], str(tmp_path / "file"))

@@ -15,6 +15,7 @@ from loader.errors import CatalogError, LoaderError, PinError, StoreError
 from loader.store.base import Access, Filler, Transient, Unusable, check_reply, refusal
 from loader.store.secrets import Secrets
 from loader.store.store import Store, split_uri
+from tests.hub import hub_server
 from tests.proxy import CountingProxy, Forward, Reply, Request
 from tests.servers import http_server
 
@@ -41,6 +42,24 @@ class Bucket:
 
 @pytest.fixture(params=["s3", "gs", "http"])
 def bucket(request, tmp_path) -> Iterator[Bucket]:
+    """What is behind a name can change there."""
+    yield from _bucket(request, tmp_path)
+
+
+@pytest.fixture(params=["s3", "gs", "http", "hf"])
+def reads(request, tmp_path) -> Iterator[Bucket]:
+    """Wherever ranges are read."""
+    if request.param != "hf":
+        yield from _bucket(request, tmp_path)
+        return
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served" / NAME).write_bytes(DATA)
+    with hub_server(tmp_path) as hub, CountingProxy(hub.endpoint) as proxy:
+        hub.put(tmp_path / "served", "org/name")
+        yield Bucket(proxy, "hf://org/name", hub.at(proxy.url).storage_options, lambda _: None)
+
+
+def _bucket(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Bucket]:
     directory = tmp_path / "served"
     directory.mkdir()
     (directory / NAME).write_bytes(DATA)
@@ -158,26 +177,26 @@ TROUBLES = {
 
 
 @pytest.mark.parametrize("name", TROUBLES)
-def test_what_passes_by_is_tried_again_and_counted(bucket, name):
+def test_what_passes_by_is_tried_again_and_counted(reads, name):
     trouble, retries = TROUBLES[name]
-    store = bucket.store()
+    store = reads.store()
     pin = store.stat(NAME).pin
-    bucket.proxy.on_request(_of_reads(trouble))
+    reads.proxy.on_request(_of_reads(trouble))
     assert _read(store, pin) == DATA[START : START + SIZE]
     assert (store.tally.retries, store.tally.gets) == (retries, 1 + retries)
     if name in {"cut", "short body"}:
         assert store.tally.fetched_bytes == SIZE
-        reads = [request for request in bucket.proxy.select(NAME) if request.range]
+        reads = [request for request in reads.proxy.select(NAME) if request.range]
         assert sum(request.body_bytes for request in reads) == SIZE
         begins = [int(re.findall(r"\d+", request.range)[0]) for request in reads]
         assert begins == sorted(set(begins)), "only what is missing is read again"
 
 
-def test_resets_are_mended(bucket):
+def test_resets_are_mended(reads):
     """aiohttp asks again by itself where a kept connection is reset, so they need not all be counted."""
-    store = bucket.store()
+    store = reads.store()
     pin = store.stat(NAME).pin
-    bucket.proxy.on_request(_of_reads(_reset))
+    reads.proxy.on_request(_of_reads(_reset))
     assert _read(store, pin) == DATA[START : START + SIZE]
     assert 0 <= store.tally.retries <= 2
 
@@ -191,17 +210,17 @@ LASTING = {
 
 
 @pytest.mark.parametrize("name", LASTING)
-def test_what_lasts_is_told_with_file_bytes_and_tries(bucket, name):
+def test_what_lasts_is_told_with_file_bytes_and_tries(reads, name):
     trouble, says = LASTING[name]
-    store = bucket.store(retries=1)
+    store = reads.store(retries=1)
     pin = store.stat(NAME).pin
-    bucket.proxy.on_request(_of_reads(lambda request, number, forward: trouble(request, 0, forward)))
+    reads.proxy.on_request(_of_reads(lambda request, number, forward: trouble(request, 0, forward)))
     begun = time.monotonic()
     with pytest.raises(StoreError, match=re.escape(says)) as raised:
         _read(store, pin)
     assert time.monotonic() - begun < 2 * TIMEOUT + 2
     message = str(raised.value)
-    assert message.startswith(f"{bucket.uri}: {NAME} bytes {START}-{START + SIZE - 1}: ")
+    assert message.startswith(f"{reads.uri}: {NAME} bytes {START}-{START + SIZE - 1}: ")
     assert "2 tries; read.retries is 1" in message
     assert type(raised.value) is StoreError
 
@@ -227,6 +246,20 @@ def test_an_object_that_changed_is_told_with_both_pins(bucket):
     with pytest.raises(PinError) as raised:
         _read(store, before)
     assert f"pinned {before}, found {now}" in str(raised.value)
+
+
+def test_a_reply_of_another_version_is_told(bucket):
+    """Whatever the store makes of a condition in the request: the reply itself says what it is."""
+    store = bucket.store()
+    pin = store.stat(NAME).pin
+
+    def another(request: Request, number: int, forward: Forward) -> Reply:
+        reply = forward(request)
+        return Reply(reply.status, _headers(reply, ETag='"another"', X_Goog_Generation="1"), reply.chunks)
+
+    bucket.proxy.on_request(_of_reads(another))
+    with pytest.raises(PinError, match=f"pinned {re.escape(pin)}, found "):
+        _read(store, pin)
 
 
 def test_an_object_that_is_gone_is_told(bucket):
