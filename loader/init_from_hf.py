@@ -9,13 +9,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
 from loader.config import Config, parse
+from loader.dry_run import World, dry_run
 from loader.errors import LoaderError
 from loader.exchange.control import Control
 from loader.exchange.group import own_device, process_group
@@ -33,19 +34,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Dotted keys override the file: read.share=node mesh.tp=2. Run it under torchrun, or alone.",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="the YAML file")
+    parser.add_argument("--dry-run", action="store_true", help="read headers alone, and print and report the plan")
+    planned = parser.add_argument_group("of --dry-run, which one process does for all ranks")
+    planned.add_argument("--world-size", type=int, default=int(os.environ.get("WORLD_SIZE", "1")), metavar="N")
+    planned.add_argument(
+        "--ranks-per-host", type=int, default=int(os.environ.get("LOCAL_WORLD_SIZE", "8")), metavar="N"
+    )
+    planned.add_argument(
+        "--bucket-gbps", type=float, default=25.0, metavar="GBIT/S", help="a host's link to the bucket"
+    )
+    planned.add_argument(
+        "--peer-gbps", type=float, default=100.0, metavar="GBIT/S", help="a host's link to other hosts"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the file's keys")
-    given = parser.parse_args(argv)
+    given = parser.parse_intermixed_args(argv)
+    world: World | None = None
+    if given.dry_run:
+        if os.environ.get("RANK", "0") != "0":
+            return 0
+        world = World(given.world_size, given.ranks_per_host, given.bucket_gbps, given.peer_gbps)
     config: Config | LoaderError
     device = torch.device("cpu")
     try:
         config = parsed = parse(given.config, given.overrides)
-        device = own_device(parsed.model.device)
+        device = own_device(parsed.model.device) if world is None else device
     except LoaderError as error:
         config = error
-    with process_group(device):
+    with nullcontext() if world else process_group(device):
         with Control.of_group() as control:
             try:
-                go_on = _run(config, control, device)
+                go_on = _run(config, control, device, world)
             except Exception as error:  # noqa: BLE001 - what no phase caught is told as a bug of ours
                 end(control.fail(error), control)
         code = go_on()
@@ -53,10 +71,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
 
 
-def _run(config: Config | LoaderError, control: Control, device: torch.device) -> Callable[[], int]:
+def _run(
+    config: Config | LoaderError, control: Control, device: torch.device, world: World | None
+) -> Callable[[], int]:
     with control.phase("config"):
         if isinstance(config, LoaderError):
             raise config
+    if world is not None:
+        return dry_run(config, control, world)
     return run(config, control, device)
 
 
