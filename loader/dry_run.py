@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from loader.build import build_on_meta, needless_keys, own_conversion
-from loader.convert.graph import Node, keys_of
 from loader.config import Config, resolve_mesh
+from loader.convert.graph import Node, keys_of
+from loader.errors import ConfigError
 from loader.exchange.control import Control
 from loader.exchange.group import fake_group
 from loader.job import Job
@@ -43,6 +44,8 @@ class World(NamedTuple):
 def dry_run(config: Config, control: Control, world: World) -> int:
     """Read headers, build on meta, prove the coverage, plan, report: in one process. Returns the exit code."""
     with control.phase("start"):
+        if min(world) <= 0:
+            raise ConfigError(f"a dry run's numbers should be above zero, found {world}")
         convert = own_conversion(config)
         dims = resolve_mesh(config.mesh, world.size)
         if config.output.entrypoint:

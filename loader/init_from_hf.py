@@ -28,31 +28,10 @@ LEAVE = 3.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse arguments, run, and return the exit code; an error ends the process (see `end`)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m loader.init_from_hf",
-        description="Load a Hugging Face checkpoint from a bucket straight into every rank's own shards.",
-        epilog="Dotted keys override the file: read.share=node mesh.tp=2. Run it under torchrun, or alone.",
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="the YAML file")
-    parser.add_argument("--dry-run", action="store_true", help="read headers alone, and print and report the plan")
-    planned = parser.add_argument_group("of --dry-run, which one process does for all ranks")
-    planned.add_argument("--world-size", type=int, default=int(os.environ.get("WORLD_SIZE", "1")), metavar="N")
-    planned.add_argument(
-        "--ranks-per-host", type=int, default=int(os.environ.get("LOCAL_WORLD_SIZE", "8")), metavar="N"
-    )
-    planned.add_argument(
-        "--bucket-gbps", type=float, default=25.0, metavar="GBIT/S", help="a host's link to the bucket"
-    )
-    planned.add_argument(
-        "--peer-gbps", type=float, default=100.0, metavar="GBIT/S", help="a host's link to other hosts"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the file's keys")
-    given = parser.parse_intermixed_args(argv)
-    world: World | None = None
-    if given.dry_run:
-        if os.environ.get("RANK", "0") != "0":
-            return 0
-        world = World(given.world_size, given.ranks_per_host, given.bucket_gbps, given.peer_gbps)
+    given = _parser().parse_intermixed_args(argv)
+    world = World(given.world_size, given.ranks_per_host, given.bucket_gbps, given.peer_gbps) if given.dry_run else None
+    if world and os.environ.get("RANK", "0") != "0":
+        return 0  # rank 0 foresees for all
     config: Config | LoaderError
     device = torch.device("cpu")
     try:
@@ -71,15 +50,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
 
 
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m loader.init_from_hf",
+        description="Load a Hugging Face checkpoint from a bucket straight into every rank's own shards.",
+        epilog="Dotted keys override the file: read.share=node mesh.tp=2. Run it under torchrun, or alone.",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="the YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the file's keys")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="read headers alone; print and report what would be done"
+    )
+    foreseen = parser.add_argument_group("the job that a dry run foresees")
+    for name, default, text in (
+        ("world-size", int(os.environ.get("WORLD_SIZE", "1")), "ranks; default: WORLD_SIZE, else 1"),
+        ("ranks-per-host", int(os.environ.get("LOCAL_WORLD_SIZE", "8")), "default: LOCAL_WORLD_SIZE, else 8"),
+        ("bucket-gbps", 25.0, "Gbit/s of a host's link to the bucket; default: %(default)s"),
+        ("peer-gbps", 100.0, "Gbit/s of a host's link to other hosts; default: %(default)s"),
+    ):
+        foreseen.add_argument(f"--{name}", default=default, type=type(default), metavar="N", help=text)
+    return parser
+
+
 def _run(
     config: Config | LoaderError, control: Control, device: torch.device, world: World | None
 ) -> Callable[[], int]:
     with control.phase("config"):
         if isinstance(config, LoaderError):
             raise config
-    if world is not None:
-        return dry_run(config, control, world)
-    return run(config, control, device)
+    if world is None:
+        return run(config, control, device)
+    dry_run(config, control, world)
+    return lambda: 0
 
 
 def end(error: LoaderError, control: Control) -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Literal, Self
 
 import humanize
@@ -48,8 +49,8 @@ class Predicted(_Part):
 
     def lines(self, needed_bytes: int) -> dict[str, str]:
         """The table's rows by their names."""
-        shared = self.held_bytes - needed_bytes
-        egress = ", ".join(f"{share} {size(count)}" for share, count in self.egress_bytes.items())
+        held, shared = map(humanize.naturalsize, (self.held_bytes, self.held_bytes - needed_bytes))
+        egress = ", ".join(f"{share} {humanize.naturalsize(count)}" for share, count in self.egress_bytes.items())
         speeds: Mapping[Link, str] = {
             "bucket": f"bucket {{:.1f}} s at {self.bucket_gbps:g} Gbit/s a host",
             "connections": "its connections {:.1f} s",
@@ -59,7 +60,7 @@ class Predicted(_Part):
             "coverage": "complete: every parameter and buffer has its source, every key its use",
             "per rank": f"{'least':>12} {'mean':>12} {'most':>12}",
             **{f"  {_LABELS[name]}": _row(name, spread) for name, spread in self.per_rank.items()},
-            "shared": f"ranks hold {size(self.held_bytes)} of it, {size(shared)} of that shared, not read again",
+            "shared": f"ranks need {held} together: {shared} are not read again",
             "egress": f"by read.share: {egress} ({self.ranks_per_host} ranks a host)",
             "seconds": ", ".join(speeds[link].format(taken) for link, taken in self.seconds.items()),
             "bound by": f"{self.bound_by}, {self.seconds[self.bound_by]:.1f} s",
@@ -77,9 +78,6 @@ _LABELS = {
 
 
 def _row(name: str, spread: Spread) -> str:
-    shown = size if name.endswith("_bytes") else "{:,.0f}".format
+    binary = name.startswith("peak")  # as the budget is given
+    shown = partial(humanize.naturalsize, binary=binary) if name.endswith("_bytes") else "{:,.0f}".format
     return " ".join(f"{shown(value):>12}" for value in (spread.least, spread.mean, spread.most))
-
-
-def size(count: float) -> str:
-    return humanize.naturalsize(count)

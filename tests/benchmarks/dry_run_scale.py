@@ -10,7 +10,6 @@ import argparse
 import itertools
 import json
 import os
-import resource
 import struct
 import subprocess
 import sys
@@ -18,13 +17,13 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
 from tests.benchmarks.plan_scale import catalogue, deepseek
 
+ROOT = Path(__file__).parents[2]
 DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.float8_e4m3fn: "F8_E4M3"}
 COLUMNS = ["*down_proj*", "*o_proj*"]
 ROWS = ["*gate_proj*", "*up_proj*", "*_b_proj*", "lm_head*", "*embed_tokens*"]
@@ -81,7 +80,9 @@ def run(path, ranks):
     _, status, used = os.wait4(child.pid, 0)
     seconds = time.perf_counter() - begun
     assert status == 0, status
-    print(f"{ranks} ranks: {seconds:.1f} s, {used.ru_utime:.1f} CPU s, peak {used.ru_maxrss / 1024:.0f} MiB\n", flush=True)
+    print(
+        f"{ranks} ranks: {seconds:.1f} s, {used.ru_utime:.1f} CPU s, peak {used.ru_maxrss / 1024:.0f} MiB\n", flush=True
+    )
 
 
 def main():
