@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,9 +18,9 @@ from loader.job import Job
 from loader.place.everywhere import Everywhere
 from loader.place.mesh import make_mesh
 from loader.place.user_code import resolve
-from loader.plan.forecast import CONNECTION, Links, times
+from loader.plan.forecast import CONNECTION, Links, Times, times
 from loader.plan.needs import Ints
-from loader.predicted import Link, Predicted, Spread
+from loader.predicted import Predicted, Spread
 from loader.report import RankReport, Report, Seconds, merge
 from loader.stream.foresight import Foresight
 from loader.stream.outlook import Outlook, look_ahead
@@ -109,9 +109,9 @@ def _build(config: Config, job: Job, dims: Mapping[str, int], rank: int, size: i
 def _report(
     job: Job, dims: Mapping[str, int], world: World, foresight: Foresight, outlook: Outlook, *, tensors: int
 ) -> Report:
-    """The report of a load that goes as planned: what rank 0 reads of headers is in it."""
+    """The report of a load that goes as planned."""
     columns, tally = outlook.ranks, job.store.tally
-    columns.fetched[0] += tally.fetched_bytes
+    columns.fetched[0] += tally.fetched_bytes  # the headers, which rank 0 reads
     columns.gets[0] += tally.gets
     links = Links(world.bucket_gbps * 1e9 / 8, world.peer_gbps * 1e9 / 8, job.read.concurrency * CONNECTION)
     taken = times(columns.fetched, world.host, outlook.between_hosts, links)
@@ -130,13 +130,24 @@ def _report(
             zip(world.host.tolist(), taken, *(column.tolist() for column in columns), strict=True)
         )
     ]
-    longest: dict[Link, float] = {
-        "bucket": max(each.bucket for each in taken),
-        "connections": max(each.connections for each in taken),
-        "peers": max(each.peers for each in taken),
-    }
+    return merge(
+        ranks,
+        source=job.described(),
+        mesh=dims,
+        tensors=tensors,
+        needed_bytes=outlook.needed_bytes,
+        budget_bytes=job.read.memory_budget,
+        predicted=_predicted(world, foresight, outlook, ranks, taken),
+    )
+
+
+def _predicted(
+    world: World, foresight: Foresight, outlook: Outlook, ranks: Sequence[RankReport], taken: Sequence[Times]
+) -> Predicted:
+    """What the report of a load does not have."""
     of_a_rank = ("shard_bytes", "fetched_bytes", "gets", "exchanged_bytes", "peak_over_shards_bytes")
-    predicted = Predicted(
+    longest = {link: max(getattr(each, link) for each in taken) for link in Times._fields}
+    return Predicted(
         per_rank={
             "tensors": Spread.of([foresight.ranks[rank].tensors for rank in range(world.size)]),
             **{name: Spread.of([getattr(each, name) for each in ranks]) for name in of_a_rank},
@@ -147,14 +158,5 @@ def _report(
         bucket_gbps=world.bucket_gbps,
         peer_gbps=world.peer_gbps,
         seconds=longest,
-        bound_by=max(longest, key=lambda link: longest[link]),
-    )
-    return merge(
-        ranks,
-        source=job.described(),
-        mesh=dims,
-        tensors=tensors,
-        needed_bytes=outlook.needed_bytes,
-        budget_bytes=job.read.memory_budget,
-        predicted=predicted,
+        bound_by=max(longest, key=longest.__getitem__),
     )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal, Self
 
 import humanize
 from pydantic import BaseModel, ConfigDict
-
-Link = Literal["bucket", "connections", "peers"]
 
 
 class _Part(BaseModel):
@@ -44,14 +42,14 @@ class Predicted(_Part):
     ranks_per_host: int
     bucket_gbps: float
     peer_gbps: float
-    seconds: dict[Link, float]
-    bound_by: Link
+    seconds: dict[str, float]
+    bound_by: str
 
     def lines(self, needed_bytes: int) -> dict[str, str]:
         """The table's rows by their names."""
         held, shared = map(humanize.naturalsize, (self.held_bytes, self.held_bytes - needed_bytes))
         egress = ", ".join(f"{share} {humanize.naturalsize(count)}" for share, count in self.egress_bytes.items())
-        speeds: Mapping[Link, str] = {
+        speeds = {
             "bucket": f"bucket {{:.1f}} s at {self.bucket_gbps:g} Gbit/s a host",
             "connections": "its connections {:.1f} s",
             "peers": f"peers {{:.1f}} s at {self.peer_gbps:g} Gbit/s a host",

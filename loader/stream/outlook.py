@@ -52,6 +52,7 @@ def look_ahead(foresight: Foresight, catalog: Catalog, terms: Terms, host: Ints,
         between_hosts[:, first : last + 1] += between
     everyone = classes_of(range(len(host)), demands, foresight.demands)
     others = {each: sharing_domains(nodes, each) for each in get_args(Share) if each != share}
+    egress = egress_bytes(entries, everyone, others, terms.limits)
     item = np.array([entry.dtype.itemsize for entry in entries], np.int64)
     sizes = {number: demand.needs.size(item) for number, demand in foresight.demands.items()}
     return Outlook(
@@ -61,5 +62,5 @@ def look_ahead(foresight: Foresight, catalog: Catalog, terms: Terms, host: Ints,
         if share == "world"
         else cut_extents(entries, everyone, terms.limits.range_bytes).needed_bytes,
         sum(sizes[number] for number in demands),
-        {share: int(columns.fetched.sum()), **egress_bytes(entries, everyone, others, terms.limits)},
+        {each: egress.get(each, int(columns.fetched.sum())) for each in get_args(Share)},
     )
