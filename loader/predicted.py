@@ -57,7 +57,7 @@ class Predicted(_Part):
         return {
             "coverage": "complete: every parameter and buffer has its source, every key its use",
             "per rank": f"{'least':>12} {'mean':>12} {'most':>12}",
-            **{f"  {_LABELS[name]}": _row(name, spread) for name, spread in self.per_rank.items()},
+            **{f" {_LABELS[name]}": _row(name, spread) for name, spread in self.per_rank.items()},
             "shared": f"ranks need {held} together: {shared} are not read again",
             "egress": f"by read.share: {egress} ({self.ranks_per_host} ranks a host)",
             "seconds": ", ".join(speeds[link].format(taken) for link, taken in self.seconds.items()),

@@ -97,6 +97,8 @@ def test_split_stacked_tied_and_plain_tensors():
 
     def convert(checkpoint, _):
         for layer in range(LAYERS):
+            for name in "xy" if layer % 2 else "yx":  # overlapping boxes of a key, found in either order
+                yield f"{layer}.{name}", checkpoint[f"{layer}.twice"]
             for name, part in zip("qkv", checkpoint[f"{layer}.qkv"].split([6, 3, 3]), strict=True):
                 yield f"{layer}.{name}", part
             yield f"{layer}.experts", torch.stack([checkpoint[f"{layer}.{e}"] for e in range(4)]).transpose(1, 2)
@@ -106,8 +108,19 @@ def test_split_stacked_tied_and_plain_tensors():
 
     shapes: dict[str, tuple[int, ...]] = {"embed": (11, 5), "unused": (3,)}
     for layer in range(LAYERS):
-        shapes |= {f"{layer}.qkv": (12, 5), f"{layer}.norm": (5,), **{f"{layer}.{e}": (7, 5) for e in range(4)}}
-    layouts = {"norm": None, "experts": (Shard(0), Shard(2)), "head": (Replicate(), Shard(0))}
+        shapes |= {
+            f"{layer}.twice": (6, 6),
+            f"{layer}.qkv": (12, 5),
+            f"{layer}.norm": (5,),
+            **{f"{layer}.{e}": (7, 5) for e in range(4)},
+        }
+    layouts = {
+        "x": (Shard(0), Replicate()),
+        "y": (Replicate(), Shard(1)),
+        "norm": None,
+        "experts": (Shard(0), Shard(2)),
+        "head": (Replicate(), Shard(0)),
+    }
     found = assert_foreseen(
         shapes, convert, lambda fqn: layouts.get(fqn.rpartition(".")[2], (Shard(0), Shard(1))), 1000
     )
