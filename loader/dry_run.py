@@ -41,8 +41,8 @@ class World(NamedTuple):
         return np.arange(self.size) // self.ranks_per_host
 
 
-def dry_run(config: Config, control: Control, world: World) -> int:
-    """Read headers, build on meta, prove the coverage, plan, report: in one process. Returns the exit code."""
+def dry_run(config: Config, control: Control, world: World) -> None:
+    """Read headers, build on meta, prove the coverage, plan, report: in one process."""
     with control.phase("start"):
         if min(world) <= 0:
             raise ConfigError(f"a dry run's numbers should be above zero, found {world}")
@@ -67,7 +67,6 @@ def dry_run(config: Config, control: Control, world: World) -> int:
         print(report.table(), flush=True)  # noqa: T201 - what the command is asked for
         if config.report is not None:
             report.write(config.report)
-    return 0
 
 
 class _Built(NamedTuple):
