@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from loader.config import Config
-from loader.job import Job
+from loader.convert.lazy import Convert
+from loader.job import Job, conversion_of
 from loader.place.materialise import materialise
 from loader.place.state_dict import empty_state_dict
 from loader.place.targets import clean_fqn
@@ -19,15 +20,34 @@ from loader.place.user_code import call_builder, resolve
 Model = nn.Module | Mapping[str, Tensor]
 
 
+def own_conversion(config: Config) -> Convert | None:
+    """The conversion that the config asks for. Raises ConfigError.
+
+    A model of transformers is loaded as transformers declares; its dense ones mostly have nothing to convert.
+    """
+    return conversion_of(config.convert or ("transformers" if config.model.builder == "transformers" else None))
+
+
 def build_model(config: Config, job: Job, mesh: DeviceMesh, device: torch.device) -> Model:
     """Build on meta, start measuring memory, materialise. Raises BuilderError, ConfigError, CatalogError."""
-    builder = config.model.builder
-    if builder is None:
+    if config.model.builder is None:
+        job.watch_memory()
         return _state_dict(config, job, mesh, device)
-    model = _transformers(config, job, mesh) if builder == "transformers" else _users(builder, config, job, mesh)
+    model = _module(config.model.builder, config, job, mesh)
     job.watch_memory()
     materialise(model, device)
     return model
+
+
+def build_on_meta(config: Config, job: Job, mesh: DeviceMesh) -> Model:
+    """As `build_model`, without memory: what a user's builder does not build on meta is where it puts it."""
+    if config.model.builder is None:
+        return _state_dict(config, job, mesh, torch.device("meta"))
+    return _module(config.model.builder, config, job, mesh)
+
+
+def _module(builder: str, config: Config, job: Job, mesh: DeviceMesh) -> nn.Module:
+    return _transformers(config, job, mesh) if builder == "transformers" else _users(builder, config, job, mesh)
 
 
 def needless_keys(config: Config, job: Job, model: Model) -> list[str]:
@@ -53,7 +73,6 @@ def _state_dict(config: Config, job: Job, mesh: DeviceMesh, device: torch.device
         (rule.match, {dim: at for dim, at in rule.shard.items() if dim in known})  # a dim of size 1 may be left out
         for rule in config.placements
     ]
-    job.watch_memory()
     return empty_state_dict(tensors, mesh, rules, device)
 
 

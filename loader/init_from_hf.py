@@ -9,13 +9,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
 from loader.config import Config, parse
+from loader.dry_run import World, dry_run
 from loader.errors import LoaderError
 from loader.exchange.control import Control
 from loader.exchange.group import own_device, process_group
@@ -27,25 +28,21 @@ LEAVE = 3.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse arguments, run, and return the exit code; an error ends the process (see `end`)."""
-    parser = argparse.ArgumentParser(
-        prog="python -m loader.init_from_hf",
-        description="Load a Hugging Face checkpoint from a bucket straight into every rank's own shards.",
-        epilog="Dotted keys override the file: read.share=node mesh.tp=2. Run it under torchrun, or alone.",
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="the YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the file's keys")
-    given = parser.parse_args(argv)
+    given = _parser().parse_intermixed_args(argv)
+    world = World(given.world_size, given.ranks_per_host, given.bucket_gbps, given.peer_gbps) if given.dry_run else None
+    if world and os.environ.get("RANK", "0") != "0":
+        return 0  # rank 0 foresees for all
     config: Config | LoaderError
     device = torch.device("cpu")
     try:
         config = parsed = parse(given.config, given.overrides)
-        device = own_device(parsed.model.device)
+        device = own_device(parsed.model.device) if world is None else device
     except LoaderError as error:
         config = error
-    with process_group(device):
+    with nullcontext() if world else process_group(device):
         with Control.of_group() as control:
             try:
-                go_on = _run(config, control, device)
+                go_on = _run(config, control, device, world)
             except Exception as error:  # noqa: BLE001 - what no phase caught is told as a bug of ours
                 end(control.fail(error), control)
         code = go_on()
@@ -53,11 +50,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
 
 
-def _run(config: Config | LoaderError, control: Control, device: torch.device) -> Callable[[], int]:
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m loader.init_from_hf",
+        description="Load a Hugging Face checkpoint from a bucket straight into every rank's own shards.",
+        epilog="Dotted keys override the file: read.share=node mesh.tp=2. Run it under torchrun, or alone.",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="the YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the file's keys")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="read headers alone; print and report what would be done"
+    )
+    foreseen = parser.add_argument_group("the job that a dry run foresees")
+    for name, default, text in (
+        ("world-size", int(os.environ.get("WORLD_SIZE", "1")), "ranks; default: WORLD_SIZE, else 1"),
+        ("ranks-per-host", int(os.environ.get("LOCAL_WORLD_SIZE", "8")), "default: LOCAL_WORLD_SIZE, else 8"),
+        ("bucket-gbps", 25.0, "Gbit/s of a host's link to the bucket; default: %(default)s"),
+        ("peer-gbps", 100.0, "Gbit/s of a host's link to other hosts; default: %(default)s"),
+    ):
+        foreseen.add_argument(f"--{name}", default=default, type=type(default), metavar="N", help=text)
+    return parser
+
+
+def _run(
+    config: Config | LoaderError, control: Control, device: torch.device, world: World | None
+) -> Callable[[], int]:
     with control.phase("config"):
         if isinstance(config, LoaderError):
             raise config
-    return run(config, control, device)
+    if world is None:
+        return run(config, control, device)
+    dry_run(config, control, world)
+    return lambda: 0
 
 
 def end(error: LoaderError, control: Control) -> NoReturn:

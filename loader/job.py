@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from loader import report as reports
 from loader.config import Read
 from loader.convert.conversion import apply, visible_keys
-from loader.convert.graph import keys_of
+from loader.convert.graph import Node, keys_of
 from loader.convert.lazy import Convert
 from loader.convert.named import NAMED, named
 from loader.errors import CatalogError, ConfigError
@@ -60,6 +60,15 @@ class Job:
             self.keys = visible_keys(self.source.catalog, ignore, strip_prefix)
             self.outputs = apply(convert, self.keys, self.hf_config() if convert else None)
 
+    def wanted(self, needless: Collection[str]) -> list[Node]:
+        """The visible keys that must be used: all but `needless`."""
+        return [node for name, node in self.keys.items() if name not in needless]
+
+    @property
+    def reserved_bytes(self) -> int:
+        """What of the memory budget the storage client and the catalog take."""
+        return client_bytes(self.store.uri) + KEY_BYTES * len(self.source.catalog.entries)
+
     def watch_memory(self) -> None:
         """Measure from now on, with what the client and the catalog hold. Before memory is given to the model."""
         self.memory.start(self._held_bytes)
@@ -80,7 +89,7 @@ class Job:
         with self.control.phase("place"):
             targets = targets_of(target)
             self.watch_memory()
-        wanted = [node for name, node in self.keys.items() if name not in needless]
+        wanted = self.wanted(needless)
         loaded = self.fill(targets, set(keys_of(*wanted)), self.control, show=True)
         return self._report(loaded, mesh, len(wanted))
 
@@ -96,7 +105,7 @@ class Job:
             share=self.read.share,
             node=node_name(),
             memory_budget=self.read.memory_budget,
-            reserved=client_bytes(self.store.uri) + KEY_BYTES * len(self.source.catalog.entries),
+            reserved=self.reserved_bytes,
             range_size=self.read.range_size,
             concurrency=self.read.concurrency,
             deadline=self.read.deadline,
@@ -115,8 +124,18 @@ class Job:
             )
         return config_of(self.source.hf_config)
 
+    def described(self) -> reports.Source:
+        """The source, for the report."""
+        catalog = self.source.catalog
+        return reports.Source(
+            uri=self.store.uri,
+            files=len(catalog.files),
+            checkpoint_bytes=catalog.checkpoint_bytes,
+            pins={file.name: file.pin for file in catalog.files},
+        )
+
     def _report(self, loaded: Loaded, mesh: Mapping[str, int], tensors: int) -> reports.Report:
-        control, catalog, tally = self.control, self.source.catalog, self.store.tally
+        control, tally = self.control, self.store.tally
         mine = reports.RankReport(
             rank=control.rank,
             host=socket.gethostname(),
@@ -141,16 +160,10 @@ class Job:
             merged = b""
             if control.rank == 0:
                 ranks = [unpack(data) for data in control.take("report", range(control.world_size))]
-                source = reports.Source(
-                    uri=self.store.uri,
-                    files=len(catalog.files),
-                    checkpoint_bytes=catalog.checkpoint_bytes,
-                    pins={file.name: file.pin for file in catalog.files},
-                )
                 merged = pack(
                     reports.merge(
                         ranks,
-                        source=source,
+                        source=self.described(),
                         mesh=mesh,
                         tensors=tensors,
                         needed_bytes=loaded.needed_bytes,

@@ -18,6 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from loader.errors import SinkError
+from loader.predicted import Predicted
 from loader.uri import public_uri
 
 Bound = Literal["bucket", "exchange", "convert", "write", "catalog", "plan", "start"]
@@ -87,7 +88,10 @@ class RankReport(_Part):
 
 
 class Report(_Part):
-    """The whole job, as in `report.json`. `egress_ratio` is fetched / needed bytes, null where nothing was needed."""
+    """The whole job, as in `report.json`. `egress_ratio` is fetched / needed bytes, null where nothing was needed.
+
+    With `predicted` it is a dry run's, and all of it is as planned.
+    """
 
     version: Literal[1] = 1
     source: Source
@@ -104,10 +108,11 @@ class Report(_Part):
     seconds: Seconds
     bound_by: Bound
     fingerprint: str | None = None
+    predicted: Predicted | None = None
     ranks: tuple[RankReport, ...]
 
     def to_json(self) -> str:
-        return self.model_dump_json(indent=2) + "\n"
+        return self.model_dump_json(indent=2, exclude={"predicted"} if self.predicted is None else None) + "\n"
 
     def write(self, path: str) -> None:
         """Write the JSON to a local path or any fsspec URL: whole or not at all. Raises SinkError."""
@@ -121,16 +126,20 @@ class Report(_Part):
             raise SinkError(f"{public_uri(path)}: cannot write the report: {type(error).__name__}: {error}") from error
 
     def table(self) -> str:
-        """Five lines for people, without colour: a job's log shows them as well as a terminal."""
-        rows = {
-            "loaded": f"{self.tensors:,} tensors, {_size(self.needed_bytes)}, {self.source.uri} over {self._mesh()}",
+        """Lines for people, without colour: a job's log shows them as well as a terminal. A dry run has its own."""
+        what = f"{self.tensors:,} tensors, {_size(self.needed_bytes)}, {self.source.uri} over {self._mesh()}"
+        rows = {"to load": what, **self.predicted.lines(self.needed_bytes)} if self.predicted else self._rows(what)
+        return "\n".join(f"{name:<8}  {text}" for name, text in rows.items())
+
+    def _rows(self, what: str) -> dict[str, str]:
+        return {
+            "loaded": what,
             "bucket": f"{self.gets:,} GETs, {_size(self.fetched_bytes)}, egress ratio {_ratio(self.egress_ratio)}, "
             f"{self.retries:,} retries; {_size(self.exchanged_bytes)} exchanged between ranks",
             "memory": self._memory(),
             "seconds": ", ".join(f"{name} {value:.1f}" for name, value in self.seconds),
             "bound by": f"{self.bound_by}, {spent(self.seconds)[self.bound_by]:.1f} s of {self.seconds.total:.1f} s",
         }
-        return "\n".join(f"{name:<8}  {text}" for name, text in rows.items())
 
     def _mesh(self) -> str:
         dims = " x ".join(f"{name} {size}" for name, size in self.mesh.items())
@@ -153,6 +162,7 @@ def merge(
     tensors: int,
     needed_bytes: int,
     budget_bytes: int,
+    predicted: Predicted | None = None,
 ) -> Report:
     """The job's report of all its `ranks`: counts are summed; times and the memory peak are maxima."""
     fetched = sum(each.fetched_bytes for each in ranks)
@@ -172,6 +182,7 @@ def merge(
         memory=Memory(budget_bytes=budget_bytes, peak_over_shards_bytes=max(peaks, default=None)),
         seconds=seconds,
         bound_by=bound_by(seconds),
+        predicted=predicted,
         ranks=tuple(sorted(ranks, key=lambda each: each.rank)),
     )
 

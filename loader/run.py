@@ -9,11 +9,11 @@ from functools import partial
 
 import torch
 
-from loader.build import build_model, needless_keys
+from loader.build import build_model, needless_keys, own_conversion
 from loader.config import Config, resolve_mesh
 from loader.errors import LoaderError
 from loader.exchange.control import Control
-from loader.job import Job, conversion_of
+from loader.job import Job
 from loader.place.mesh import make_mesh
 from loader.place.targets import targets_of
 from loader.place.user_code import resolve
@@ -29,9 +29,7 @@ def run(config: Config, control: Control, device: torch.device) -> Callable[[], 
     called when `control` is closed.
     """
     with control.phase("start"):
-        # A model of transformers is loaded as transformers declares; its dense ones mostly have nothing to convert.
-        declared = "transformers" if config.model.builder == "transformers" else None
-        convert = conversion_of(config.convert or declared)
+        convert = own_conversion(config)
         dims = resolve_mesh(config.mesh, control.world_size)
         user_program = resolve(config.output.entrypoint) if config.output.entrypoint else None
     with control.phase("mesh"):  # a collective: no rank may have failed before it

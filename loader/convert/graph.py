@@ -6,8 +6,9 @@ and nothing of data.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -115,6 +116,33 @@ class Combine(Node):
     @property
     def inputs(self) -> tuple[Node, ...]:
         return self.parts
+
+
+def form(node: Node) -> tuple[Hashable, tuple[int, ...]]:
+    """What `node` is but for the keys that it is made of; and those keys (positions in the catalog).
+
+    Outputs of equal forms are pulled back alike: box for box, to keys at equal places among theirs.
+    """
+    nodes, numbers = [node], {id(node): 0}
+    keys: dict[int, int] = {}
+    steps = []
+    for current in nodes:  # which grows
+        for each in current.inputs:
+            if id(each) not in numbers:
+                numbers[id(each)] = len(nodes)
+                nodes.append(each)
+        steps.append(
+            (type(current).__name__, current.shape, _own(current, keys), *(numbers[id(i)] for i in current.inputs))
+        )
+    return tuple(steps), tuple(keys)
+
+
+def _own(node: Node, keys: dict[int, int]) -> Hashable:
+    """What a node does with places: all that it has but its inputs and what is done to values; a key by its number."""
+    if isinstance(node, Key):
+        return keys.setdefault(node.position, len(keys))
+    values = {"shape", "dtype", "source", "parts", "run", "value"}
+    return tuple(getattr(node, field.name) for field in dataclasses.fields(node) if field.name not in values)
 
 
 def size_of(node: Node) -> int:

@@ -32,6 +32,22 @@ def process_group(device: torch.device) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@contextmanager
+def fake_group(rank: int, world_size: int) -> Iterator[None]:
+    """A default group that talks to nobody, in which this process is `rank` of `world_size`: to look at meshes.
+
+    torch caches meshes by what they are equal in, which is not their rank: a DTensor that an op has made may have the
+    mesh of an earlier group, and that one's coordinate.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend as well
+
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 def own_device(wanted: str) -> torch.device:
     """`auto` is this rank's CUDA device where there is one, else the CPU. Raises ConfigError where there is no CUDA."""
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from loader.errors import BuilderError
 from loader.place.boxes import shard_boxes
-from loader.plan.geometry import Box, whole
+from loader.plan.geometry import Box
 
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 """What torch.compile and activation checkpointing put into a name; a state dict's FQNs leave it out."""
+
+Boxes = tuple[tuple[Box, tuple[int, ...]], ...]
+"""Regions of a tensor, each with its offsets in the local tensor."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,7 +34,7 @@ class Target:
     names: tuple[str, ...]
     tensor: torch.Tensor
     shape: tuple[int, ...]
-    boxes: tuple[tuple[Box, tuple[int, ...]], ...]
+    boxes: Boxes
 
     @property
     def fqn(self) -> str:
@@ -41,23 +45,34 @@ class Target:
         return self.tensor.dtype
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """A tensor of a model under all its names, in module order: `tensor` as it is there, `local` what this rank has."""
+
+    names: tuple[str, ...]
+    tensor: torch.Tensor
+    local: torch.Tensor
+
+
 def targets_of(target: nn.Module | Mapping[str, torch.Tensor]) -> list[Target]:
     """Every parameter and persistent buffer of a module, or every tensor of a flat state dict, in its order.
 
     Tensors that share their memory are one target with all their names. A plain tensor is replicated: one box. Raises
-    BuilderError, naming the FQN, for what cannot be filled: on meta, Partial, expanded, lazy, sparse, or a subclass
-    with a layout of its own.
+    BuilderError, naming the FQN, for what cannot be filled: what `held_in` refuses, and what is on meta or Partial.
     """
+    return [_target(held) for held in held_in(target)]
+
+
+def held_in(target: nn.Module | Mapping[str, torch.Tensor]) -> list[Held]:
+    """As `targets_of`, of what may be on meta. Raises BuilderError for what is expanded, lazy, sparse, or a subclass
+    with a layout of its own."""
     pairs = tensors_of_module(target) if isinstance(target, nn.Module) else iter(target.items())
     found: dict[object, tuple[list[str], torch.Tensor, torch.Tensor]] = {}
     for fqn, tensor in pairs:
         local = _local_tensor(fqn, tensor)
         names, _, _ = found.setdefault(_memory(local), ([], tensor, local))
         names.append(fqn)
-    return [
-        Target(tuple(names), local, tuple(tensor.shape), _boxes(names[0], tensor))
-        for names, tensor, local in found.values()
-    ]
+    return [Held(tuple(names), tensor, local) for names, tensor, local in found.values()]
 
 
 def clean_fqn(name: str) -> str:
@@ -83,8 +98,6 @@ def _local_tensor(fqn: str, tensor: torch.Tensor) -> torch.Tensor:
         raise BuilderError(f"{fqn} has no shape yet: run a lazy module once, or give it its sizes, before loading")
     with torch.no_grad():  # else `to_local` records a graph, and hands out a copy of the view
         local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-    if local.is_meta:
-        raise BuilderError(f"{fqn} is on the meta device: give it memory first, as with `model.to_empty(device=...)`")
     if (
         type(local).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
         or local.layout is not torch.strided
@@ -97,15 +110,28 @@ def _local_tensor(fqn: str, tensor: torch.Tensor) -> torch.Tensor:
     return local
 
 
-def _boxes(fqn: str, tensor: torch.Tensor) -> tuple[tuple[Box, tuple[int, ...]], ...]:
+def _target(held: Held) -> Target:
+    fqn, tensor = held.names[0], held.tensor
+    if held.local.is_meta:
+        raise BuilderError(f"{fqn} is on the meta device: give it memory first, as with `model.to_empty(device=...)`")
+    boxes: Boxes = ()
     if not isinstance(tensor, DTensor):
-        return ((whole(tensor.shape), (0,) * tensor.ndim),) if tensor.numel() else ()
-    mesh = tensor.device_mesh
-    coordinate = mesh.get_coordinate()
-    if coordinate is None:
-        return ()
+        boxes = boxes_at(fqn, tensor.shape, (), (), ())
+    elif (coordinate := tensor.device_mesh.get_coordinate()) is not None:
+        boxes = boxes_at(fqn, tensor.shape, tensor.device_mesh.shape, coordinate, tensor.placements)
+    return Target(held.names, held.local, tuple(tensor.shape), boxes)
+
+
+def boxes_at(
+    fqn: str,
+    shape: Sequence[int],
+    mesh_shape: Sequence[int],
+    coordinate: Sequence[int],
+    placements: Sequence[Placement],
+) -> Boxes:
+    """`shard_boxes`, its BuilderError naming the FQN. A plain tensor is on a mesh without dims: whole."""
     try:
-        return tuple(shard_boxes(tensor.shape, mesh.shape, coordinate, tensor.placements))
+        return tuple(shard_boxes(shape, mesh_shape, coordinate, placements))
     except BuilderError as error:
         raise BuilderError(f"{fqn}: {error.message}") from error
 

@@ -147,7 +147,7 @@ def cut_extents(entries: Sequence[Entry], classes: Classes, range_bytes: int, ro
     files = np.array([e.file for e in entries], np.int64)
     starts = np.array([e.start for e in entries], np.int64)
     for pattern in find_patterns(entries, classes):
-        for block in _pattern_blocks(entries[int(pattern.keys[0])], pattern, range_bytes, round_bytes):
+        for block in pattern_blocks(entries[int(pattern.keys[0])], pattern, range_bytes, round_bytes):
             at = starts[pattern.keys]
             number = np.full(len(at), len(blocks), np.int64)
             columns.append((files[pattern.keys], at + block.start, at + block.stop, number))
@@ -165,7 +165,7 @@ def cut_extents(entries: Sequence[Entry], classes: Classes, range_bytes: int, ro
     return Cuts(file[head], start[head], stop[tail], kind, joins.kinds, needed)
 
 
-def _pattern_blocks(entry: Entry, pattern: Pattern, range_bytes: int, round_bytes: int) -> list[Block]:
+def pattern_blocks(entry: Entry, pattern: Pattern, range_bytes: int, round_bytes: int) -> list[Block]:
     item = entry.dtype.itemsize
     limit = max(1, range_bytes // item)
     finest = max(1, limit // FINEST)

@@ -6,8 +6,9 @@ Ranks with equal needs are one *class*: they are planned once, whatever their me
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -17,6 +18,7 @@ from loader.plan.geometry import Box, disjoint
 
 Ints = npt.NDArray[np.int64]
 Shape = tuple[int, ...]
+D = TypeVar("D", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,10 @@ class Needs:
             sha.update(group.keys.tobytes())
         return sha.digest()
 
+    def size(self, item: Ints) -> int:
+        """Its bytes, where elements of key k have `item[k]` of them."""
+        return sum(int(item[group.keys].sum()) * sum(box.numel for box in group.boxes) for group in self.groups)
+
     def on(self, keys: Ints) -> Iterator[tuple[int, tuple[Box, ...]]]:
         """The boxes needed of those of `keys` (ascending) that are needed at all, in no particular order."""
         for group in self.groups:
@@ -80,10 +86,13 @@ def collect_needs(boxes: Iterable[tuple[int, Box]], shapes: Sequence[Shape]) -> 
             by_key.setdefault(key, []).append(box)
     patterns: dict[tuple[Shape, tuple[Box, ...]], list[int]] = {}
     for key in sorted(by_key):
-        found = by_key[key]
-        unique = tuple(sorted(disjoint(found))) if len(found) > 1 else tuple(found)
-        patterns.setdefault((shapes[key], unique), []).append(key)
+        patterns.setdefault((shapes[key], needed_once(by_key[key])), []).append(key)
     return Needs(tuple(NeedGroup(np.array(keys, np.int64), boxes) for (_, boxes), keys in patterns.items()))
+
+
+def needed_once(boxes: Sequence[Box]) -> tuple[Box, ...]:
+    """What any of the boxes of a key holds, as disjoint boxes: the same for the same boxes in another order."""
+    return tuple(sorted(disjoint(sorted(boxes)))) if len(boxes) > 1 else tuple(boxes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +107,8 @@ class Classes:
     class_of: Ints
 
     @classmethod
-    def of(cls, digests: Mapping[int, bytes], needs: Mapping[bytes, Needs]) -> Classes:
-        """From each rank's digest and the needs behind each digest."""
+    def of(cls, digests: Mapping[int, D], needs: Mapping[D, Needs]) -> Classes:
+        """From each rank's digest, or what else is equal for equal needs, and the needs behind each digest."""
         numbers = {digest: number for number, digest in enumerate(dict.fromkeys(digests.values()))}
         return cls(
             tuple(needs[digest] for digest in numbers),

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from loader.plan.catalog import Entry
-from loader.plan.extents import Limits, cut_extents
+from loader.plan.extents import Cuts, Limits, cut_extents
 from loader.plan.needs import Classes, Ints
 from loader.plan.readers import assign_readers
 from loader.plan.rounds import pack_rounds
 from loader.plan.turns import take_turns
+
+Share = Literal["world", "node", "none"]
+"""How far a byte that was read is shared before it is read again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,22 @@ def make_plan(
     `entries` are the catalog's, in its order; `partners` are groups of keys (positions) whose elements are combined.
     Raises MemoryBudgetError.
     """
+    return plan_with_cuts(entries, classes, limits, partners)[0]
+
+
+def plan_with_cuts(
+    entries: Sequence[Entry], classes: Classes, limits: Limits, partners: Sequence[Collection[int]]
+) -> tuple[Plan, Cuts]:
+    """As `make_plan`; and the extents with what each rank needs of them, which a plan does not carry."""
     cuts = cut_extents(entries, classes, limits.range_bytes, limits.round_bytes)
     readers = assign_readers(cuts, classes)
     rounds = pack_rounds(cuts, readers, take_turns(entries, cuts, partners), classes, limits.round_bytes)
-    return Plan(classes, cuts.file, cuts.start, cuts.stop, readers, rounds, cuts.needed_bytes)
+    return Plan(classes, cuts.file, cuts.start, cuts.stop, readers, rounds, cuts.needed_bytes), cuts
+
+
+def sharing_domains(nodes: Sequence[str], share: Share) -> list[list[int]]:
+    """The ranks that share what is read, ascending, and the domains by their first ranks. `nodes` are the ranks'."""
+    domains: dict[str, list[int]] = {}
+    for rank, node in enumerate(nodes):
+        domains.setdefault({"world": "", "node": node, "none": str(rank)}[share], []).append(rank)
+    return list(domains.values())

@@ -26,7 +26,7 @@ def pack_rounds(cuts: Cuts, readers: Ints, turns: Ints, classes: Classes, round_
         number, reader = int(cuts.kind[extent]), int(readers[extent])
         kind, home = cuts.kinds[number], ledger.class_of[reader]
         if (number, home) not in costs:
-            costs[number, home] = _beside_reading(kind, home, alone=bool(ledger.sizes[home] == 1))
+            costs[number, home] = beside_reading(kind, home, alone=bool(ledger.sizes[home] == 1))
         if not ledger.add(reader, size[extent] + costs[number, home], kind):
             current += 1
             ledger.clear()
@@ -39,7 +39,7 @@ def pack_rounds(cuts: Cuts, readers: Ints, turns: Ints, classes: Classes, round_
     return rounds
 
 
-def _beside_reading(kind: Kind, home: int, *, alone: bool) -> int:
+def beside_reading(kind: Kind, home: int, *, alone: bool) -> int:
     """What an extent costs a reader of class `home` beyond its bytes, by the ledger's reckoning: what it packs to send,
     less what lands at its class, for that it has read. `alone`: a message that only it would need is not sent."""
     at = int(np.searchsorted(kind.classes, home))

@@ -13,7 +13,7 @@ from loader.place.landing import Landings
 from loader.place.targets import Target
 from loader.plan.catalog import Entry
 from loader.plan.geometry import Box
-from loader.plan.needs import Needs, collect_needs
+from loader.plan.needs import Classes, D, Needs, collect_needs
 
 LISTED = 10
 """How many keys an error lists."""
@@ -44,15 +44,20 @@ def make_demand(
     boxes: list[tuple[int, Box]] = []
     used: set[int] = set()
     for target in targets:
-        known = _known_names(target, outputs, entries)
-        for fqn in known:
-            used.update(keys_of(outputs[fqn]))
-        for box, offsets in target.boxes:
-            origin = tuple(o - local for o, local in zip(box.offsets, offsets, strict=True))
-            for part in _portions(outputs[known[0]], box, portion):
-                boxes += landings.add(outputs[known[0]], part, target.tensor[part.slices(origin)])
+        known = sources_of(target.names, target.shape, outputs, entries)
+        for node in known:
+            used.update(keys_of(node))
+        boxes += pull_target(target, known[0], portion, landings)
     needs = collect_needs(boxes, [entry.shape for entry in entries.values()])
     return Demand(needs, frozenset(visible) - used), landings
+
+
+def pull_target(target: Target, node: Node, portion: int, landings: Landings) -> Iterator[tuple[int, Box]]:
+    """The boxes of keys (by position) that the target takes, made of `node`; they are to land in it."""
+    for box, offsets in target.boxes:
+        origin = tuple(o - local for o, local in zip(box.offsets, offsets, strict=True))
+        for part in _portions(node, box, portion):
+            yield from landings.add(node, part, target.tensor[part.slices(origin)])
 
 
 def _portions(node: Node, box: Box, most: int) -> Iterator[Box]:
@@ -68,26 +73,34 @@ def _portions(node: Node, box: Box, most: int) -> Iterator[Box]:
         yield from _portions(node, Box(tuple(offsets), tuple(sizes)), most)
 
 
-def _known_names(target: Target, outputs: Outputs, entries: Mapping[str, Entry]) -> list[str]:
-    """The target's names that the conversion makes, in the target's shape. A tied tensor may be there under any."""
-    known = [fqn for fqn in target.names if fqn in outputs]
+def sources_of(
+    names: Sequence[str], shape: tuple[int, ...], outputs: Outputs, entries: Mapping[str, Entry]
+) -> list[Node]:
+    """What a tensor of these names is made of, under each name that the conversion makes: a tied one may be there under
+    any. Raises CoverageError where it is under none, or in another shape."""
+    known = [fqn for fqn in names if fqn in outputs]
     if not known:
-        near = difflib.get_close_matches(target.fqn, outputs, n=3)
+        near = difflib.get_close_matches(names[0], outputs, n=3)
         hint = f"; the nearest that there are: {', '.join(near)}" if near else ""
         raise CoverageError(
-            f"{' = '.join(target.names)} {list(target.shape)} has no source: neither a key nor an output of the "
+            f"{' = '.join(names)} {list(shape)} has no source: neither a key nor an output of the "
             f"conversion has that name{hint}. Check source.strip_prefix, source.ignore and the conversion"
         )
     for fqn in known:
         found = outputs[fqn]
-        if found.shape != target.shape:
+        if found.shape != shape:
             keys = list(entries)
             made_of = _listed([keys[at] for at in sorted(keys_of(found))], entries) or "no key"
             raise CoverageError(
-                f"{fqn}: the model's shape is {list(target.shape)}, the checkpoint's {list(found.shape)}, "
+                f"{fqn}: the model's shape is {list(shape)}, the checkpoint's {list(found.shape)}, "
                 f"of {made_of}. Is it the checkpoint of this config?"
             )
-    return known
+    return [outputs[fqn] for fqn in known]
+
+
+def classes_of(ranks: Iterable[int], digests: Sequence[D], demands: Mapping[D, Demand]) -> Classes:
+    """The classes of `ranks`, by their digests (of all ranks of the world)."""
+    return Classes.of({rank: digests[rank] for rank in ranks}, {each: demands[each].needs for each in demands})
 
 
 def check_unused(unused: Iterable[frozenset[int]], entries: Mapping[str, Entry]) -> None:

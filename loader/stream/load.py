@@ -10,23 +10,19 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from loader.convert.conversion import Outputs
-from loader.convert.graph import partners
 from loader.errors import LostRankError
 from loader.exchange.control import Control
 from loader.exchange.transport import Transport
 from loader.memory import PeakMemory, untouched_bytes
 from loader.place.targets import Target
 from loader.plan.catalog import Catalog
-from loader.plan.extents import Limits
+from loader.plan.plan import Share
 from loader.plan.schedule import Schedule
 from loader.progress import Progress
 from loader.store.store import Store
 from loader.stream.demand import make_demand
 from loader.stream.pipeline import Pipeline, Seconds
-from loader.stream.planning import Share, agree_on_plan
-
-PORTIONS = 512
-"""An op on several tensors holds at most budget / 512 elements of each at a time: 1 Mi of 512 MiB, 4 MiB in float32."""
+from loader.stream.planning import Terms, agree_on_plan
 
 DRAIN = 8.0
 """Seconds for the rounds in flight to end after an error, before the rank gives up on them: all must end within 10."""
@@ -68,13 +64,11 @@ def fill(
     here. `show` is whether rank 0 shows the progress.
     """
     begun = time.monotonic()
-    together = partners(outputs.values())
-    waiting = max(0, memory_budget - reserved) // 2 if together else 0
     with control.phase("budget"):
-        limits = Limits.within(memory_budget, range_size, reserved + waiting)
+        terms = Terms.of(outputs, memory_budget, range_size, reserved)
     with control.phase("targets"):
-        demand, landings = make_demand(targets, outputs, catalog.entries, visible, memory_budget // PORTIONS)
-    planned = agree_on_plan(control, demand, catalog, share=share, node=node, limits=limits, partners=together)
+        demand, landings = make_demand(targets, outputs, catalog.entries, visible, terms.portion)
+    planned = agree_on_plan(control, demand, catalog, share=share, node=node, terms=terms)
     schedule = Schedule(planned.plan, list(catalog.entries.values()), control.rank)
     plan_seconds = time.monotonic() - begun
     fresh = untouched_bytes(target.tensor for target in targets) or 0
@@ -92,7 +86,7 @@ def fill(
         landings,
         control,
         transport,
-        slots=limits.rounds_in_flight,
+        slots=terms.limits.rounds_in_flight,
         concurrency=concurrency,
     )
     landings.fill()

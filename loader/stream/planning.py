@@ -4,18 +4,37 @@ from __future__ import annotations
 
 import pickle
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
+from loader.convert.conversion import Outputs
+from loader.convert.graph import partners
 from loader.exchange.control import Control
 from loader.plan.catalog import Catalog
 from loader.plan.extents import Limits, cut_extents
-from loader.plan.needs import Classes
-from loader.plan.plan import Plan, make_plan
-from loader.stream.demand import Demand, check_unused
+from loader.plan.plan import Plan, Share, make_plan, sharing_domains
+from loader.stream.demand import Demand, check_unused, classes_of
 
-Share = Literal["world", "node", "none"]
+PORTIONS = 512
+"""An op on several tensors holds at most budget / 512 elements of each at a time: 1 Mi of 512 MiB, 4 MiB in float32."""
+
+
+class Terms(NamedTuple):
+    """What a plan is made under: the `limits` of reads and rounds, the keys whose elements are combined, and how many
+    elements of each are held at once for that."""
+
+    limits: Limits
+    partners: list[set[int]]
+    portion: int
+
+    @classmethod
+    def of(cls, outputs: Outputs, memory_budget: int, range_size: int, reserved: int) -> Terms:
+        """What waits to be combined has half of what `reserved` leaves. Raises MemoryBudgetError."""
+        together = partners(outputs.values())
+        waiting = max(0, memory_budget - reserved) // 2 if together else 0
+        limits = Limits.within(memory_budget, range_size, reserved + waiting)
+        return cls(limits, together, memory_budget // PORTIONS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +62,12 @@ def agree_on_plan(
     *,
     share: Share,
     node: str,
-    limits: Limits,
-    partners: Sequence[Collection[int]],
+    terms: Terms,
 ) -> Planned:
     """Gather demands, prove that they cover the catalog, and plan. Every rank calls it.
 
     Ranks tell their digests first: of equal demands only one is sent. Rank 0 proves coverage for all; the first rank of
-    each domain plans for its domain. `partners` are keys whose elements are combined. Raises CoverageError and
-    MemoryBudgetError.
+    each domain plans for its domain. Raises CoverageError and MemoryBudgetError.
     """
     entries = list(catalog.entries.values())
     with control.phase("demand"):
@@ -61,7 +78,8 @@ def agree_on_plan(
         ranks: list[tuple[bytes, str]] = unpack(control.broadcast("digests", told))
     digests = [digest for digest, _ in ranks]
     spokesman = {digest: digests.index(digest) for digest in dict.fromkeys(digests)}
-    domain, heads = _domain(control.rank, [node for _, node in ranks], share)
+    domains = sharing_domains([node for _, node in ranks], share)
+    domain = next(each for each in domains if control.rank in each)
     control.peers = domain
     with control.phase("plan"):
         if spokesman[demand.digest] == control.rank:
@@ -72,27 +90,18 @@ def agree_on_plan(
             demands = _distinct(control, domain, digests, spokesman)
             if control.rank == 0 and share == "world":
                 check_unused((each.unused for each in demands.values()), catalog.entries)
-            made = make_plan(entries, _classes(domain, digests, demands), limits, partners)
+            made = make_plan(entries, classes_of(domain, digests, demands), terms.limits, terms.partners)
             plan, needed = pack(made), made.needed_bytes
             control.put("reads", pack(made.read_bytes))
         if control.rank == 0 and share != "world":
             everyone = range(control.world_size)
             demands = _distinct(control, everyone, digests, spokesman)
             check_unused((each.unused for each in demands.values()), catalog.entries)
-            needed = cut_extents(entries, _classes(everyone, digests, demands), limits.range_bytes).needed_bytes
+            needed = cut_extents(entries, classes_of(everyone, digests, demands), terms.limits.range_bytes).needed_bytes
         if control.rank == 0:
-            totals = pack((needed, sum(map(unpack, control.take("reads", heads)))))
+            totals = pack((needed, sum(map(unpack, control.take("reads", [each[0] for each in domains])))))
         mine = control.broadcast(f"plan/{domain[0]}", plan, domain[0])
         return Planned(unpack(mine), *unpack(control.broadcast("totals", totals)))
-
-
-def _domain(rank: int, nodes: Sequence[str], share: Share) -> tuple[list[int], list[int]]:
-    """The ranks that share what is read with `rank`, ascending; and the first rank of every such domain."""
-    if share == "world":
-        return list(range(len(nodes))), [0]
-    if share == "none":
-        return [rank], list(range(len(nodes)))
-    return [r for r, node in enumerate(nodes) if node == nodes[rank]], [nodes.index(n) for n in dict.fromkeys(nodes)]
 
 
 def _distinct(
@@ -102,8 +111,3 @@ def _distinct(
     distinct = list(dict.fromkeys(digests[rank] for rank in ranks))
     sent = control.take("demand", [spokesman[digest] for digest in distinct])
     return dict(zip(distinct, map(unpack, sent), strict=True))
-
-
-def _classes(ranks: Sequence[int], digests: Sequence[bytes], demands: dict[bytes, Demand]) -> Classes:
-    needs = {digest: demand.needs for digest, demand in demands.items()}
-    return Classes.of({rank: digests[rank] for rank in ranks}, needs)
