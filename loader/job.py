@@ -44,7 +44,7 @@ class Job:
         self.control = control
         self.memory = PeakMemory()
         with control.phase("open"):
-            access = Access(uri, dict(storage_options), read.concurrency, read.timeout)
+            access = Access(uri, dict(storage_options), read.concurrency, read.timeout, read.backend)
             import_scheme(access)  # imports are no cost of a load; what is taken from here on is
             before = anonymous_bytes()
             self.store = Store(access, retries=read.retries, deadline=read.deadline)

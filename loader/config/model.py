@@ -136,7 +136,11 @@ class Read(Section):
     concurrency: Annotated[StrictInt, Field(ge=1)] = Field(
         default=16, description="ranges in flight per rank, fewer where the budget is small"
     )
-    backend: Literal["auto", "fsspec"] = Field(default="auto", description="the client that reads ranges")
+    backend: Literal["auto", "direct", "fsspec"] = Field(
+        default="auto",
+        description="who reads ranges: direct, over HTTP straight into the buffer; fsspec, the scheme's own client; "
+        "auto, direct where the scheme and its options allow it",
+    )
     retries: Annotated[StrictInt, Field(ge=0)] = Field(default=8, description="of one range, after its first try")
     timeout: Seconds = Field(default=parse_seconds("30s"), description="without a byte, until a range is tried again")
     deadline: Seconds = Field(default=parse_seconds("30min"), description="for the whole load")

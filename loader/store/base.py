@@ -6,13 +6,17 @@ names are there, what is an object's size and pin, and what are the bytes of a r
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from loader.errors import PinError
 
 T = TypeVar("T")
+
+Backend = Literal["auto", "direct", "fsspec"]
+"""Who reads the ranges: `direct` over HTTP (see `loader.store.direct`), `fsspec` the scheme's own client library,
+`auto` the first where the scheme and its options allow it."""
 
 
 class Stat(NamedTuple):
@@ -22,7 +26,7 @@ class Stat(NamedTuple):
     pin: str
 
 
-class Scheme(Protocol):
+class Listed(Protocol):
     """One place that objects are read from. Every method blocks, and may be called from any thread."""
 
     def names(self) -> list[str] | None:
@@ -31,12 +35,39 @@ class Scheme(Protocol):
     def stat(self, name: str) -> Stat:
         """Size and pin of one file. Raises FileNotFoundError, PermissionError, `Unusable` or `Transient`."""
 
+
+class Scheme(Listed, Protocol):
+    """One that reads them through a client library."""
+
     def read(self, name: str, pin: str, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes from `start` on, of the version that `pin` names.
 
         Raises PinError when the object is another now, PermissionError, `Unusable`, and `Transient` for whatever
         another try may mend.
         """
+
+
+class Address(NamedTuple):
+    """Where a version of a file is read, for a while: a signed URL, or a token among the headers."""
+
+    url: str
+    headers: Mapping[str, str]
+
+
+class Addressed(Listed, Protocol):
+    """One whose files are to be had over HTTP, by whoever has their address (see `loader.store.direct`)."""
+
+    direct: bool
+    """Whether they are, with the options given."""
+
+    def address(self, name: str, pin: str) -> Address:
+        """Where `name` is now, with fresh credentials. Raises as `read` does."""
+
+    def pin_of(self, headers: Mapping[str, str], pin: str) -> str:
+        """The pin of the version that a reply with these headers is of; `pin` where they do not tell."""
+
+    def refusal(self, status: int, reason: str, body: bytes) -> Exception | None:
+        """What an unsuccessful reply means, as one of the errors of `read`; FileNotFoundError for another version."""
 
 
 class Transient(Exception):  # noqa: N818 - it is a verdict on an error, told apart from errors that end the load
@@ -73,7 +104,7 @@ def refusal(status: int, what: str) -> Exception | None:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """How a scheme is opened: where, with which client options, and how patiently.
+    """How a scheme is opened: where, with which client options, how patiently, and who reads the ranges.
 
     `timeout` is in seconds, for a connection, and between two arrivals of bytes; `concurrency` is how many ranges are
     read at once.
@@ -83,6 +114,7 @@ class Access:
     storage_options: dict[str, Any] = field(repr=False)
     concurrency: int
     timeout: float
+    backend: Backend = "auto"
 
 
 def check_reply(*, status: int, content_range: str | None, start: int, size: int) -> None:
@@ -125,7 +157,7 @@ def changed(name: str, pin: str, found: str) -> PinError:
     )
 
 
-def pin_now(scheme: Scheme, name: str) -> str:
+def pin_now(scheme: Listed, name: str) -> str:
     """The pin of the object that took the place of the one catalogued, as far as the store tells."""
     try:
         return scheme.stat(name).pin

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import tenacity
@@ -62,9 +62,7 @@ class Store:
         self._until = time.monotonic() + deadline
         self._closed = threading.Event()
         try:
-            self._scheme: Scheme = open_scheme(
-                Access(directory, access.storage_options, access.concurrency, access.timeout)
-            )
+            self._scheme: Scheme = open_scheme(replace(access, uri=directory))
         except Exception as error:  # noqa: BLE001 - whatever a client library raises where it is given what it cannot use
             raise CatalogError(
                 f"{self.uri}: cannot be opened: {self._secrets.hide(told(error))}. "

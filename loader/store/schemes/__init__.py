@@ -14,11 +14,20 @@ from typing import Any
 import fsspec
 
 from loader.store.base import Access, Scheme
+from loader.store.direct import Direct
 
 
 def open_scheme(access: Access) -> Scheme:
-    """Open `access.uri` with the module that serves its scheme."""
-    return _module(access.uri).open_scheme(access)  # type: ignore[no-any-return]
+    """Open `access.uri` with the module that serves its scheme, to be read as `access.backend` says.
+
+    Raises ValueError where that cannot be done.
+    """
+    scheme = _module(access.uri).open_scheme(access)
+    if access.backend != "fsspec" and getattr(scheme, "direct", False):
+        return Direct(scheme, concurrency=access.concurrency, timeout=access.timeout)
+    if access.backend == "direct":
+        raise ValueError("read.backend direct does not serve this scheme with these storage_options: set it to auto")
+    return scheme  # type: ignore[no-any-return]
 
 
 def import_scheme(access: Access) -> None:

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlencode
 
 from fsspec.core import url_to_fs
 from google.auth.exceptions import GoogleAuthError, TransportError
 
-from loader.store.base import Access, Filler, Scheme, Stat, Transient, changed, pin_now, run_on_loop, told
+from loader.store.base import (
+    Access,
+    Address,
+    Filler,
+    Scheme,
+    Stat,
+    Transient,
+    changed,
+    pin_now,
+    refusal,
+    run_on_loop,
+    told,
+)
 from loader.store.schemes.web import call, check_status, fill, socket_timeout
 
 SCHEMES = ("gs", "gcs")
@@ -18,6 +31,8 @@ CLIENT_BYTES = 8 << 20  # measured: as for HTTP
 
 class GsScheme:
     """A prefix of a bucket."""
+
+    direct = True
 
     def __init__(self, fs: Any, path: str, timeout: float) -> None:
         self.fs = fs
@@ -68,15 +83,30 @@ class GsScheme:
 
         return call(self.fs.loop, get)  # type: ignore[no-any-return]
 
-    async def _request(self, url: str, params: dict[str, str], headers: dict[str, str]) -> Any:
-        """A request with gcsfs's own session, credentials and project; gcsfs's `cat_file` checks no reply."""
-        await self.fs._set_session()  # noqa: SLF001
+    def address(self, name: str, pin: str) -> Address:
+        bucket, key, _ = self.fs.split_path(f"{self.path}/{name}")
+        query = urlencode(self.fs._get_params({"alt": "media", "generation": pin}))  # noqa: SLF001
+        return Address(f"{self._url(bucket, key)}?{query}", self._allowed({}))
+
+    def pin_of(self, headers: Mapping[str, str], pin: str) -> str:
+        return headers.get("x-goog-generation", pin)
+
+    def refusal(self, status: int, reason: str, _: bytes) -> Exception | None:
+        return refusal(status, f"status {status} {reason}".rstrip())
+
+    def _allowed(self, headers: Mapping[str, str]) -> dict[str, str]:
+        """`headers`, with gcsfs's credentials."""
         try:
-            allowed = self.fs._get_headers({**headers, "Accept-Encoding": "identity"})  # noqa: SLF001
+            return self.fs._get_headers(dict(headers))  # type: ignore[no-any-return]  # noqa: SLF001
         except TransportError as error:
             raise Transient(told(error)) from error
         except GoogleAuthError as error:
             raise PermissionError(f"no usable credentials: {told(error)}") from error
+
+    async def _request(self, url: str, params: dict[str, str], headers: dict[str, str]) -> Any:
+        """A request with gcsfs's own session, credentials and project; gcsfs's `cat_file` checks no reply."""
+        await self.fs._set_session()  # noqa: SLF001
+        allowed = self._allowed({**headers, "Accept-Encoding": "identity"})
         return self.fs.session.get(url, params=self.fs._get_params(params), headers=allowed, timeout=self.timeout)  # noqa: SLF001
 
     def _url(self, bucket: str, key: str | None = None) -> str:

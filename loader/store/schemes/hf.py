@@ -13,7 +13,7 @@ from huggingface_hub import get_session, hf_hub_url
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HfUriError, HFValidationError
 from huggingface_hub.utils import HfUri, parse_hf_uri
 
-from loader.store.base import Access, Filler, Scheme, Stat, Transient, Unusable, changed, check_reply, refusal, told
+from loader.store.base import Access, Address, Addressed, Scheme, Stat, Transient, Unusable, changed, refusal, told
 from loader.store.schemes.other import OtherScheme
 
 SCHEMES = ("hf",)
@@ -23,9 +23,11 @@ CLIENT_BYTES = 8 << 20  # measured: as for HTTP
 class HfScheme:
     """A directory of a repository of the hub. A pin is `commit/oid`: the commit names every byte for good.
 
-    A file's URL at the hub answers with another one, signed and short-lived, at the store that holds the file. It is
-    asked for once a file, and again when it is refused: the hub grants far fewer requests than a load has ranges.
+    A file's URL at the hub answers with another one, signed and short-lived, at the store that holds the file. That one
+    is its address: the hub grants far fewer requests than a load has ranges.
     """
+
+    direct = True
 
     def __init__(self, fs: Any, repo: HfUri, timeout: float) -> None:
         self.fs = fs
@@ -33,7 +35,6 @@ class HfScheme:
         self.directory = f"{repo.path_in_repo.rstrip('/')}/" if repo.path_in_repo else ""
         self.timeout = timeout
         self._files: dict[str, Stat] | None = None
-        self._located: dict[tuple[str, str], tuple[str, Mapping[str, str]]] = {}
         self._lock = threading.Lock()
 
     def names(self) -> list[str]:
@@ -44,33 +45,6 @@ class HfScheme:
             return self._list()[name]
         except KeyError:
             raise FileNotFoundError(name) from None
-
-    def read(self, name: str, pin: str, start: int, buffer: memoryview) -> None:
-        filler = Filler(buffer)
-        url, own_headers = self._locate(name, pin)
-        headers = {"Range": f"bytes={start}-{start + len(buffer) - 1}", "Accept-Encoding": "identity", **own_headers}
-        try:
-            with get_session().stream("GET", url, headers=headers, timeout=self.timeout) as reply:
-                _check(reply)
-                check_reply(
-                    status=reply.status_code,
-                    content_range=reply.headers.get("Content-Range"),
-                    start=start,
-                    size=len(buffer),
-                )
-                for chunk in reply.iter_raw():  # as it arrives: of a body that is cut off nothing is read again
-                    filler.add(chunk)
-            filler.finish()
-        except FileNotFoundError as error:
-            raise changed(name, pin, "no such file") from error
-        except Transient as error:
-            error.filled = filler.filled
-            raise
-        except httpx.TransportError as error:
-            raise Transient(told(error), filled=filler.filled) from error
-        except PermissionError as error:
-            self._located.pop((name, pin), None)
-            raise Transient(f"the URL that the hub gave was refused: {error}") from error
 
     def _list(self) -> dict[str, Stat]:
         """Every file below the directory, of the commit that the revision names now."""
@@ -95,45 +69,35 @@ class HfScheme:
                     raise FileNotFoundError(f"no files in {self.directory or 'the repository'}")
             return self._files
 
-    def _locate(self, name: str, pin: str) -> tuple[str, Mapping[str, str]]:
-        """Where the file's bytes are now, and the headers to ask with: a signed URL gets no token, which is the hub's.
+    def address(self, name: str, pin: str) -> Address:
+        """Raises PinError where the hub says that the file's bytes are others. A signed URL gets no token: that is the
+        hub's."""
+        commit, _, oid = pin.partition("/")
+        path = f"{self.directory}{name}"
+        url = hf_hub_url(self.repo.id, path, repo_type=self.repo.type, revision=commit, endpoint=self.fs.endpoint)
+        headers = self.fs._api._build_hf_headers()  # noqa: SLF001 - as its own files do
+        try:
+            reply = get_session().head(url, headers=headers, timeout=self.timeout, follow_redirects=False)
+        except httpx.TransportError as error:
+            raise Transient(told(error)) from error
+        if not reply.is_redirect and (refused := self.refusal(reply.status_code, reply.reason_phrase, b"")):
+            raise refused
+        told_oid = (reply.headers.get("X-Linked-ETag") or reply.headers.get("ETag") or oid).strip('W/"')
+        told_commit = reply.headers.get("X-Repo-Commit", commit)
+        if (told_commit, told_oid) != (commit, oid):
+            raise changed(name, pin, f"{told_commit}/{told_oid}")
+        return Address(urljoin(url, reply.headers["Location"]), {}) if reply.is_redirect else Address(url, headers)
 
-        Raises PinError where the hub says that they are others.
-        """
-        if (name, pin) not in self._located:
-            commit, _, oid = pin.partition("/")
-            path = f"{self.directory}{name}"
-            url = hf_hub_url(self.repo.id, path, repo_type=self.repo.type, revision=commit, endpoint=self.fs.endpoint)
-            try:
-                reply = get_session().head(url, headers=self._headers(), timeout=self.timeout, follow_redirects=False)
-                _check(reply)
-            except FileNotFoundError as error:
-                raise changed(name, pin, "no such file") from error
-            except httpx.TransportError as error:
-                raise Transient(told(error)) from error
-            told_oid = (reply.headers.get("X-Linked-ETag") or reply.headers.get("ETag") or oid).strip('W/"')
-            told_commit = reply.headers.get("X-Repo-Commit", commit)
-            if (told_commit, told_oid) != (commit, oid):
-                raise changed(name, pin, f"{told_commit}/{told_oid}")
-            moved = reply.headers.get("Location")
-            self._located[name, pin] = (urljoin(url, moved), {}) if moved else (url, self._headers())
-        return self._located[name, pin]
+    def pin_of(self, _: Mapping[str, str], pin: str) -> str:
+        return pin  # the commit is in the URL that was asked for, and the store behind has names of its own
 
-    def _headers(self) -> Mapping[str, str]:
-        return self.fs._api._build_hf_headers()  # type: ignore[no-any-return]  # noqa: SLF001 - as its own files do
+    def refusal(self, status: int, reason: str, _: bytes) -> Exception | None:
+        return refusal(status, f"status {status} {reason}".rstrip())
 
 
 def _oid(file: Any) -> str:
     """What the hub gives as the file's ETag: the content's sha256 for a large file, git's own for a small one."""
     return str(file.lfs.sha256 if file.lfs else file.blob_id)
-
-
-def _check(reply: httpx.Response) -> None:
-    """Raise what an unsuccessful status means; another URL is a success."""
-    if 300 <= reply.status_code < 400:
-        return
-    if (error := refusal(reply.status_code, f"status {reply.status_code} {reply.reason_phrase}".rstrip())) is not None:
-        raise error
 
 
 def _translated(error: Exception) -> Exception:
@@ -149,7 +113,9 @@ def _translated(error: Exception) -> Exception:
     return Transient(told(error)) if isinstance(error, httpx.TransportError | OSError) else Unusable(told(error))
 
 
-def open_scheme(access: Access) -> Scheme:
+def open_scheme(access: Access) -> Scheme | Addressed:
     fs, path = url_to_fs(access.uri, **access.storage_options, skip_instance_cache=True)
     repo = parse_hf_uri(f"hf://{path}")
-    return OtherScheme(fs, path) if repo.is_bucket else HfScheme(fs, repo, access.timeout)
+    if repo.is_bucket or access.backend == "fsspec":
+        return OtherScheme(fs, path)
+    return HfScheme(fs, repo, access.timeout)

@@ -11,7 +11,18 @@ from loader.store.base import Access, Filler, Scheme, Stat, Transient, changed, 
 SCHEMES = ()
 CLIENT_BYTES = 8 << 20  # a guess: as for HTTP
 
-PIN_FIELDS = ("ETag", "etag", "generation", "checksum", "mtime", "LastModified", "last_modified", "updated", "created")
+PIN_FIELDS = (
+    "ETag",
+    "etag",
+    "generation",
+    "blob_id",
+    "checksum",
+    "mtime",
+    "LastModified",
+    "last_modified",
+    "updated",
+    "created",
+)
 
 
 class OtherScheme:

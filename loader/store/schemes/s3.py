@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import threading
+from collections.abc import Mapping
 from typing import Any
 
 from aiohttp import ClientError as HttpError
@@ -17,6 +20,7 @@ from fsspec.core import url_to_fs
 
 from loader.store.base import (
     Access,
+    Address,
     Filler,
     Scheme,
     Stat,
@@ -39,15 +43,26 @@ CHUNK = 256 * 1024
 CLIENT_BYTES = 24 << 20
 """Measured: 16 MiB as soon as it is open (botocore's models of the service), 3 to 6 with 16 connections at work."""
 
+SIGNED_FOR = 3600
+"""Seconds that a URL is good for, unless its credentials expire before."""
+
+_OF_REQUESTS = {"requester_pays", "s3_additional_kwargs", "version_aware", "session"}
+"""Options of s3fs that change what a request is."""
+
+_SAID = re.compile("<(Code|Message)>([^<]*)</")
 _CREDENTIALS = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError)
 
 
 class S3Scheme:
     """A prefix of a bucket."""
 
-    def __init__(self, fs: Any, path: str) -> None:
-        self.fs = fs
-        self.path = path
+    def __init__(self, access: Access) -> None:
+        self.fs = _open_fs(access)
+        self.path = self.fs._strip_protocol(access.uri).rstrip("/")  # noqa: SLF001
+        self.direct = not _OF_REQUESTS & access.storage_options.keys()
+        self._access = access
+        self._signer: Any = None
+        self._lock = threading.Lock()
 
     def names(self) -> list[str]:
         found = self._call(lambda: self.fs._ls(self.path, detail=True, refresh=True))  # noqa: SLF001
@@ -86,6 +101,43 @@ class S3Scheme:
             error.filled = filler.filled
             raise
 
+    def address(self, name: str, pin: str) -> Address:
+        bucket, key, _ = self.fs.split_path(f"{self.path}/{name}")
+        with self._lock:
+            if self._signer is None:
+                self._signer = self._find_signer(bucket)
+        client = self._signer.s3
+
+        async def sign() -> str:
+            params = {"Bucket": bucket, "Key": key}
+            url: str = await client.generate_presigned_url("get_object", Params=params, ExpiresIn=SIGNED_FOR)
+            return url
+
+        agent = client.meta.config.user_agent_extra
+        return Address(self._call(sign), {"If-Match": pin, **({"User-Agent": agent} if agent else {})})
+
+    def _find_signer(self, bucket: str) -> Any:
+        """A file system that signs for the bucket's own region: botocore follows the bucket there only with requests
+        that it sends itself."""
+
+        async def ask() -> str | None:
+            try:
+                reply = await self.fs.s3.head_bucket(Bucket=bucket)
+            except ClientError as error:  # a refusal tells the region too
+                reply = error.response
+            region: str | None = reply["ResponseMetadata"].get("HTTPHeaders", {}).get("x-amz-bucket-region")
+            return region
+
+        region = self._call(ask)
+        return self.fs if region in (None, self.fs.s3.meta.region_name) else _open_fs(self._access, region)
+
+    def pin_of(self, headers: Mapping[str, str], pin: str) -> str:
+        return headers.get("ETag", pin)
+
+    def refusal(self, status: int, reason: str, body: bytes) -> Exception | None:
+        said = dict(_SAID.findall(body.decode(errors="replace")))
+        return _of_code(status, said.get("Code", ""), said.get("Message", reason))
+
     def _call(self, call: Any) -> Any:
         """Run on the event loop; say in our words what went wrong."""
         try:
@@ -120,20 +172,33 @@ def _of_client(error: BaseException) -> Exception:
 
 def _of_answer(cause: ClientError) -> Exception:
     answer = cause.response.get("Error", {})
-    code = str(answer.get("Code"))
     status = cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    named = "" if code == str(status) else f", {code}"
-    what = f"status {status}{named}: {answer.get('Message', '')}".rstrip(":. ")
+    what = str(answer.get("Message", ""))
+    return _of_code(status, str(answer.get("Code")), what) or Transient(f"status {status}: {what}".rstrip(":. "))
+
+
+def _of_code(status: int, code: str, message: str) -> Exception | None:
+    named = "" if code in ("", str(status)) else f", {code}"
+    what = f"status {status}{named}: {message}".rstrip(":. ")
     if code in FORBIDDEN:
         return PermissionError(what)
     if code in THROTTLED or code in TRANSIENT:
         return Transient(what, throttled=code in THROTTLED)
-    return refusal(status, what) or Transient(what)
+    return refusal(status, what)
 
 
 def open_scheme(access: Access) -> Scheme:
+    return S3Scheme(access)
+
+
+def _open_fs(access: Access, region: str | None = None) -> Any:
+    """s3fs's file system, with its session; for `region` where one is given, else the environment's."""
     options = dict(access.storage_options)
+    if region is not None:
+        options["client_kwargs"] = {**options.get("client_kwargs", {}), "region_name": region}
+    signature = {} if options.get("anon") else {"signature_version": "s3v4"}  # else URLs may be signed as of old
     config = {
+        **signature,
         "max_pool_connections": access.concurrency,  # s3fs pools 10 by default and caps a load silently
         "connect_timeout": access.timeout,
         "read_timeout": access.timeout,
@@ -141,7 +206,7 @@ def open_scheme(access: Access) -> Scheme:
         "response_checksum_validation": "when_required",  # S3 sends none for a range; asking costs a pass over the data
         **options.pop("config_kwargs", {}),
     }
-    fs, path = url_to_fs(
+    fs, _ = url_to_fs(
         access.uri,
         **options,
         config_kwargs=config,
@@ -150,4 +215,4 @@ def open_scheme(access: Access) -> Scheme:
     )
     fs.retries = 1
     run_on_loop(fs.loop, fs.set_session)
-    return S3Scheme(fs, path.rstrip("/"))
+    return fs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -10,6 +11,7 @@ from fsspec.core import url_to_fs
 
 from loader.store.base import (
     Access,
+    Address,
     Filler,
     Scheme,
     Stat,
@@ -75,6 +77,7 @@ class WebScheme:
         self.fs = fs
         self.uri = uri
         self.timeout = socket_timeout(timeout)
+        self.direct = not fs.kwargs.keys() - {"headers"}  # what else aiohttp may be told, it must do itself
 
     def names(self) -> None:
         return None
@@ -85,7 +88,7 @@ class WebScheme:
                 check_status(reply.status, reply.reason)
                 if "Content-Length" not in reply.headers:
                     raise Unusable("the server does not tell the size of its objects: no Content-Length for a HEAD")
-                return Stat(int(reply.headers["Content-Length"]), _pin(reply))
+                return Stat(int(reply.headers["Content-Length"]), _pin(reply.headers))
 
         return call(self.fs.loop, head)  # type: ignore[no-any-return]
 
@@ -95,7 +98,7 @@ class WebScheme:
 
         async def get() -> None:
             async with self._request("GET", name, headers, await self.fs.set_session()) as reply:
-                if reply.status < 300 and (found := _pin(reply)) != pin:
+                if reply.status < 300 and (found := _pin(reply.headers)) != pin:
                     raise changed(name, pin, found)
                 await fill(reply, start, filler)
 
@@ -103,6 +106,15 @@ class WebScheme:
             call(self.fs.loop, get, filler)
         except FileNotFoundError as error:
             raise changed(name, pin, pin_now(self, name)) from error
+
+    def address(self, name: str, _: str) -> Address:
+        return Address(self._url(name), self.fs.kwargs.get("headers", {}))
+
+    def pin_of(self, headers: Mapping[str, str], _: str) -> str:
+        return _pin(headers)
+
+    def refusal(self, status: int, reason: str, _: bytes) -> Exception | None:
+        return refusal(status, f"status {status} {reason}".rstrip())
 
     def _request(self, method: str, name: str, headers: dict[str, str], session: Any) -> Any:
         options = {k: v for k, v in self.fs.kwargs.items() if k != "headers"}
@@ -115,8 +127,8 @@ class WebScheme:
         return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
 
 
-def _pin(reply: aiohttp.ClientResponse) -> str:
-    found = reply.headers.get("ETag") or reply.headers.get("Last-Modified")
+def _pin(headers: Mapping[str, str]) -> str:
+    found = headers.get("ETag") or headers.get("Last-Modified")
     if not found:
         raise Unusable("the server sends neither ETag nor Last-Modified: its objects cannot be pinned")
     return found

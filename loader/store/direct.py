@@ -1,0 +1,130 @@
+"""Ranges over HTTP, received by the reading thread itself straight into its buffer: no event loop and no copy between.
+
+A scheme says where a file is and how a request is signed; what is left is the kernel's and TLS's work.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Mapping
+from http.client import HTTPException
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import certifi
+import urllib3
+from urllib3.exceptions import HTTPError, LocationParseError, SSLError
+
+from loader.store.base import Address, Addressed, Stat, Transient, Unusable, changed, check_reply, pin_now, told
+
+ERROR_BYTES = 16 * 1024
+"""Of an error's body, which says in words what the status does not."""
+
+
+class Direct:
+    """A scheme whose ranges are read so."""
+
+    def __init__(self, scheme: Addressed, *, concurrency: int, timeout: float) -> None:
+        """`concurrency` connections are kept; `timeout` in seconds is for a connection, and between arrivals."""
+        self._scheme = scheme
+        self._options: dict[str, Any] = {
+            "maxsize": concurrency,
+            "timeout": urllib3.Timeout(connect=timeout, read=timeout),
+            "retries": False,  # the one retry layer is the store's
+            "ca_certs": _authorities(),
+        }
+        self._managers: dict[str, urllib3.PoolManager] = {}
+        self._addresses: dict[tuple[str, str], Address] = {}
+        self._lock = threading.Lock()
+
+    def names(self) -> list[str] | None:
+        return self._scheme.names()
+
+    def stat(self, name: str) -> Stat:
+        return self._scheme.stat(name)
+
+    def read(self, name: str, pin: str, start: int, buffer: memoryview) -> None:
+        address = self._addresses.get((name, pin))
+        try:
+            if address is None:
+                address = self._addresses[name, pin] = self._scheme.address(name, pin)
+                self._fetch(address, name, pin, start, buffer)
+                return
+            try:
+                self._fetch(address, name, pin, start, buffer)
+            except PermissionError as error:  # what was signed a while ago may have expired
+                self._addresses.pop((name, pin), None)
+                raise Transient(f"refused, and asked for anew: {error}") from error
+        except FileNotFoundError as error:
+            raise changed(name, pin, pin_now(self._scheme, name)) from error
+
+    def _fetch(self, address: Address, name: str, pin: str, start: int, buffer: memoryview) -> None:
+        wanted = {"Range": f"bytes={start}-{start + len(buffer) - 1}", "Accept-Encoding": "identity"}
+        reply = self._get(address, wanted)
+        try:
+            self._check(reply, name, pin, start, len(buffer))
+            _receive(reply, buffer)
+        except BaseException:
+            reply.close()  # what is left in it would be taken for the next reply
+            raise
+        reply.release_conn()
+
+    def _check(self, reply: urllib3.BaseHTTPResponse, name: str, pin: str, start: int, size: int) -> None:
+        if reply.status != 206 and (error := self._refusal(reply)) is not None:
+            raise error
+        check_reply(status=reply.status, content_range=reply.headers.get("Content-Range"), start=start, size=size)
+        if (found := self._scheme.pin_of(reply.headers, pin)) != pin:
+            raise changed(name, pin, found)
+
+    def _refusal(self, reply: urllib3.BaseHTTPResponse) -> Exception | None:
+        try:
+            body = reply.read(ERROR_BYTES)
+        except (HTTPError, OSError) as error:
+            return Transient(told(error))
+        return self._scheme.refusal(reply.status, reply.reason or "", body)
+
+    def _get(self, address: Address, headers: Mapping[str, str]) -> urllib3.BaseHTTPResponse:
+        try:
+            return self._manager(address.url).request(
+                "GET", address.url, headers={**address.headers, **headers}, preload_content=False, redirect=False
+            )
+        except LocationParseError as error:
+            raise Unusable("this is no valid URL") from error
+        except SSLError as error:
+            raise Unusable(f"the server's certificate was not accepted: {told(error)}") from error
+        except (HTTPError, OSError) as error:
+            raise Transient(told(error)) from error
+
+    def _manager(self, url: str) -> urllib3.PoolManager:
+        """The connections by which `url` is reached: through the environment's proxy, or none."""
+        parts = urlsplit(url)
+        proxy = "" if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme, "")
+        with self._lock:
+            if proxy not in self._managers:
+                make = urllib3.PoolManager if not proxy else lambda **options: urllib3.ProxyManager(proxy, **options)
+                self._managers[proxy] = make(**self._options)
+            return self._managers[proxy]
+
+
+def _receive(reply: urllib3.BaseHTTPResponse, buffer: memoryview) -> None:
+    """Fill `buffer` with the reply's body, and see that it ends there."""
+    body: Any = reply._original_response  # type: ignore[attr-defined]  # noqa: SLF001 - urllib3's own `readinto` reads into memory of its own first
+    filled = 0
+    try:
+        while filled < len(buffer):
+            count = body.readinto(buffer[filled:])
+            if not count:
+                raise Transient(f"the body ended {len(buffer) - filled} bytes early", filled=filled)
+            filled += count
+        if body.read(1):
+            raise Transient(f"the body is longer than the {len(buffer)} bytes asked for", filled=0)
+    except (OSError, HTTPException) as error:
+        raise Transient(told(error), filled=filled) from error
+
+
+def _authorities() -> str:
+    """The certificates of the authorities to trust: where the environment says, as others read it, or certifi's."""
+    named = (os.environ.get(name) for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"))
+    return next(filter(None, named), certifi.where())
