@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from fsspec.core import url_to_fs
 from torch import nn
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from torch.distributed.fsdp import fully_shard
@@ -135,6 +136,8 @@ def url(request, tmp_path: Path, monkeypatch) -> str:
 
 def test_every_layout_comes_back_in_other_world_sizes(url: str):
     run_ranks(4, _save_all, url)
+    fs, root = url_to_fs(url)
+    assert not fs.exists(f"{root}/{directory.MARKER}"), "what is complete is not marked as what is not"
     assert run_ranks(2, _load_all, url) == [[], []]
     assert _read_alone(url) == []
 
