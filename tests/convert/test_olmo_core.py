@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard
 
 import loader
 from loader.convert.conversion import Checkpoint, visible_keys
@@ -25,9 +20,8 @@ from loader.place.landing import Landings
 from loader.plan.catalog import Catalog, Entry, File
 from loader.plan.geometry import Box, whole
 from tests.checkpoints import same_bits
+from tests.grid import Family, write, wrong_shards
 from tests.olmo_core_models import MODELS, hf_model, linear_attention, olmo_core_model, save
-from tests.ranks import run_ranks
-from tests.shards import blank, differences, shard
 
 NOT_LISTED = ("mistral", "qwen2", "qwen3_moe", "olmoe")
 """Model types that OLMo-core's conversion gives two norms one name for."""
@@ -36,6 +30,7 @@ BIASED = ("llama, biases",)
 """It refuses these."""
 
 RIGHT = [name for name in MODELS if not name.startswith(NOT_LISTED) and name not in BIASED]
+DROPLESS = ("qwen3_moe", "olmoe", "flex_olmo")
 DENSE_AND_EXPERTS = ("qwen3_moe, some layers dense",)
 
 
@@ -97,7 +92,7 @@ def test_the_olmo_core_model_says_what_the_hf_model_says(name, tmp_path):
     assert_same_logits(olmo_core_model(config), dict(convert(tensors, config)), name)
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "olmoe", "flex_olmo"])
+@pytest.mark.parametrize("name", DROPLESS)
 def test_a_dropless_model_says_it_too(name, tmp_path):
     tensors, config = save(tmp_path, name)
     assert_same_logits(olmo_core_model(config, dropless=True), dict(convert_dropless(tensors, config)), name)
@@ -172,49 +167,31 @@ def test_pulled_back_boxes_are_slices_of_the_whole(conversion, name, tmp_path):
 
 # ---------------------------------------------------------------- in ranks
 
-R, ROWS, COLUMNS = Replicate(), Shard(0), Shard(1)
-LAYOUTS = {
-    1: [((1,), [ROWS])],
-    2: [((2,), [ROWS]), ((2,), [COLUMNS])],
-    4: [((2, 2), [R, ROWS]), ((2, 2), [ROWS, COLUMNS]), ((4,), [COLUMNS]), ((4,), [ROWS])],
-}
-"""By world size: FSDP, HSDP, TP by rows and columns, and both. A model takes one, the next model the next."""
-
-
-def _load_all(directory: str, world_size: int) -> list[str]:
-    found = []
-    meshes = {sizes: init_device_mesh("cpu", sizes) for sizes, _ in LAYOUTS[world_size]}
-    for name, (sizes, placements) in zip(MODELS, itertools.cycle(LAYOUTS[world_size]), strict=False):
-        at = Path(directory, name)
-        expected = load_file(at / "expected" / "all.safetensors")
-        sharded = {fqn: shard(tensor, meshes[sizes], placements) for fqn, tensor in expected.items()}
-        state = {fqn: blank(each) for fqn, each in sharded.items()}
-        loader.load(state, str(at), convert="olmo_core", range_size="64KiB")
-        found += [f"{name}, {placements}: {fqn}" for fqn in differences(state, sharded)]
-    return found
-
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    """Every model in bfloat16, beside what the whole conversion makes of it."""
-    directory = tmp_path_factory.mktemp("checkpoints")
+def grid(tmp_path_factory):
+    """Every model in bfloat16, beside what OLMo-core makes of it where that is right, else the whole conversion."""
+    directory, families = tmp_path_factory.mktemp("grid"), {}
     for name in MODELS:
         tensors, config = save(directory / name, name, torch.bfloat16)
-        (directory / name / "expected").mkdir()
-        made = {fqn: tensor.contiguous().clone() for fqn, tensor in convert(tensors, config)}
-        save_file(made, directory / name / "expected" / "all.safetensors")
-    return directory
+        expected = theirs(tensors, config) if name in RIGHT else dict(convert(tensors, config))
+        families[name] = Family(tensors, config.to_dict(), "olmo_core", expected)
+        if name in DROPLESS:
+            spec, expected = "loader.convert.olmo_core:convert_dropless", dict(convert_dropless(tensors, config))
+            families[f"{name}, dropless"] = families[name]._replace(convert=spec, expected=expected)
+    write(directory / "all", families)
+    return directory / "all"
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_every_rank_has_its_shards_of_the_conversion(checkpoints, world_size):
-    assert run_ranks(world_size, _load_all, str(checkpoints), world_size) == [[]] * world_size
+def test_every_rank_has_its_shards_of_the_conversion(grid, world_size):
+    assert wrong_shards(grid, world_size) == []
 
 
-def test_olmo_cores_own_function_streams(checkpoints):
-    at = checkpoints / "flex_olmo"
-    expected = load_file(at / "expected" / "all.safetensors")
-    assert wrong(dict(loader.iter_convert(str(at), convert=theirs)), expected) == []
+@pytest.mark.parametrize("convert_by", ["olmo_core", theirs])
+def test_our_own_function_and_olmo_cores_stream(convert_by, tmp_path):
+    tensors, config = save(tmp_path, "flex_olmo", torch.bfloat16)
+    assert wrong(dict(loader.iter_convert(str(tmp_path), convert=convert_by)), theirs(tensors, config)) == []
 
 
 # ---------------------------------------------------------------- what does not fit
@@ -278,20 +255,19 @@ def test_heads_that_are_not_the_configs(change, words, tmp_path):
     assert all(word in message for word in words), message
 
 
-def test_experts_for_a_model_of_another_layout(checkpoints):
+def test_experts_for_a_model_of_another_layout(tmp_path):
     """A dropless model's w1: the same elements, another shape."""
-    at = checkpoints / "olmoe"
-    state = {fqn: torch.empty_like(t) for fqn, t in load_file(at / "expected" / "all.safetensors").items()}
+    state = {fqn: torch.empty_like(tensor) for fqn, tensor in convert(*save(tmp_path, "olmoe"))}
     for fqn in state:
         if fqn.endswith(("mlp.w1", "mlp.w3")):
             state[fqn] = torch.empty(4 * 24, 32)
     with pytest.raises(CoverageError) as caught:
-        loader.load(state, str(at), convert="olmo_core")
+        loader.load(state, str(tmp_path), convert="olmo_core")
     assert "experts.mlp.w1: the model's shape is [96, 32], the checkpoint's [128, 24], of model.layers.0.mlp." in str(
         caught.value
     )
     assert "experts.3.gate_proj.weight [24, 32]" in str(caught.value)
-    loader.load(state, str(at), convert="loader.convert.olmo_core:convert_dropless")
+    loader.load(state, str(tmp_path), convert="loader.convert.olmo_core:convert_dropless")
 
 
 def test_a_layer_more_than_the_config_has(tmp_path):

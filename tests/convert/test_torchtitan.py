@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,17 +10,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor
 
 import loader
 from loader.convert.torchtitan import convert, convert_fused
 from loader.errors import ConversionError, CoverageError
 from loader.trainers.torchtitan import load_hf_checkpoint
 from tests.checkpoints import same_bits
+from tests.grid import Family, write, wrong_shards
 from tests.ranks import run_ranks
-from tests.shards import blank, differences, shard
 from tests.torchtitan_models import HIDDEN, MODELS, adapter, hf_model, save, torchtitan_config
 
 LISTED = [name for name in MODELS if name != "gpt_oss"]
@@ -151,46 +149,25 @@ def test_gpt_oss_experts_say_what_hfs_say(tmp_path):
 
 # ---------------------------------------------------------------- in ranks
 
-R, ROWS, COLUMNS = Replicate(), Shard(0), Shard(1)
-LAYOUTS = {
-    1: [((1,), [ROWS])],
-    2: [((2,), [ROWS]), ((2,), [COLUMNS])],
-    4: [((2, 2), [R, ROWS]), ((2, 2), [ROWS, COLUMNS]), ((4,), [COLUMNS]), ((4,), [ROWS])],
-}
-"""By world size: FSDP, HSDP, TP by rows and columns, and both."""
-CONVERSIONS = {"torchtitan": convert, "loader.convert.torchtitan:convert_fused": convert_fused}
-
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    """Every model in bfloat16, beside what the whole conversions make of it."""
-    directory = tmp_path_factory.mktemp("checkpoints")
+def grid(tmp_path_factory):
+    """Every model in bfloat16, beside what torchtitan makes of it; q, k and v apart and fused."""
+    directory, families = tmp_path_factory.mktemp("grid"), {}
     for name in MODELS:
         tensors, config = save(directory / name, name, torch.bfloat16)
-        (directory / name / "expected").mkdir()
-        for spec, function in CONVERSIONS.items():
-            made = {fqn: tensor.contiguous().clone() for fqn, tensor in function(tensors, config)}
-            save_file(made, directory / name / "expected" / spec)
-    return directory
-
-
-def _load_all(directory: str, world_size: int) -> list[str]:
-    found = []
-    layouts = itertools.cycle(LAYOUTS[world_size])
-    meshes = {sizes: init_device_mesh("cpu", sizes) for sizes, _ in LAYOUTS[world_size]}
-    for (name, spec), (sizes, placements) in zip(itertools.product(MODELS, CONVERSIONS), layouts, strict=False):
-        at = Path(directory, name)
-        expected = load_file(at / "expected" / spec)
-        sharded = {fqn: shard(tensor, meshes[sizes], placements) for fqn, tensor in expected.items()}
-        state = {fqn: blank(each) for fqn, each in sharded.items()}
-        loader.load(state, str(at), convert=spec)
-        found += [f"{name}, {spec}, {placements}: {fqn}" for fqn in differences(state, sharded)]
-    return found
+        expected = dict(convert(tensors, config))
+        expected |= theirs(name)(tensors, config) if name in LISTED else {}
+        families[name] = Family(tensors, config.to_dict(), "torchtitan", expected)
+        spec, expected = "loader.convert.torchtitan:convert_fused", dict(convert_fused(tensors, config))
+        families[f"{name}, fused"] = families[name]._replace(convert=spec, expected=expected)
+    write(directory / "all", families)
+    return directory / "all"
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_every_rank_has_its_shards_of_the_conversion(checkpoints, world_size):
-    assert run_ranks(world_size, _load_all, str(checkpoints), world_size) == [[]] * world_size
+def test_every_rank_has_its_shards_of_the_conversion(grid, world_size):
+    assert wrong_shards(grid, world_size) == []
 
 
 def _load_stages(directory: str) -> list[str]:
@@ -198,7 +175,7 @@ def _load_stages(directory: str) -> list[str]:
     found = []
     for name in ("llama", "qwen3_moe"):
         titan, at = torchtitan_config(name, fused=True), Path(directory, name)
-        expected = load_file(at / "expected" / "loader.convert.torchtitan:convert_fused")
+        expected = load_file(at / "expected/model.safetensors")
         whole = garbage(titan)
         for layer in whole.layers.values():
             fully_shard(layer)
@@ -226,8 +203,13 @@ def _stage(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def test_stages_and_fsdp_through_torchtitans_own_adapter(checkpoints):
-    assert run_ranks(2, _load_stages, str(checkpoints)) == [[], []]
+def test_stages_and_fsdp_through_torchtitans_own_adapter(tmp_path):
+    for name in ("llama", "qwen3_moe"):
+        tensors, config = save(tmp_path / name, name, torch.bfloat16)
+        (tmp_path / name / "expected").mkdir()
+        made = {fqn: tensor.contiguous().clone() for fqn, tensor in convert_fused(tensors, config)}
+        save_file(made, tmp_path / name / "expected/model.safetensors")
+    assert run_ranks(2, _load_stages, str(tmp_path)) == [[], []]
 
 
 # ---------------------------------------------------------------- what does not fit
