@@ -19,7 +19,7 @@ from loader.memory import PeakMemory
 from tests.checkpoints import same_bits
 from tests.proxy import CountingProxy
 from tests.ranks import run_ranks
-from tests.shards import blank, shard, write_file
+from tests.shards import blank, differences, shard, write_file
 
 WORLD = 4
 MIB = 1 << 20
@@ -83,56 +83,49 @@ def bucket(s3, tmp_path_factory):
         yield s3.put(directory), proxy, s3.at(proxy.url).storage_options, directory
 
 
-def load_all(uri: str, options: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
+def every(keys: Mapping[str, Tensor], config: Any) -> Iterator[tuple[str, Tensor]]:
+    for convert, _ in CONVERSIONS.values():
+        yield from convert(keys, config)
+
+
+def load_all(uri: str, options: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
-    for name, (convert, keys) in CONVERSIONS.items():
-        expected = dict(convert(whole(), None))
-        ignore = [key for key in whole() if key not in keys]
-        for layout, (sizes, placements) in LAYOUTS.items():
-            mesh = init_device_mesh("cpu", sizes)
-            state = {}
-            for fqn, tensor in expected.items():
-                fitting = [p if not isinstance(p, Shard) or p.dim < tensor.ndim else Replicate() for p in placements]
-                state[fqn] = blank(shard(tensor, mesh, fitting))
-            report = loader.load(
-                state, uri, convert=convert, storage_options=options, ignore=ignore, range_size="64KiB"
-            )
-            wrong = [
-                fqn for fqn, tensor in expected.items()
-                if not same_bits(state[fqn].to_local(), shard(tensor, mesh, state[fqn].placements).to_local())
-            ]  # fmt: skip
-            found[name, layout] = wrong, report.needed_bytes, report.fetched_bytes
+    for layout, (sizes, placements) in LAYOUTS.items():
+        mesh = init_device_mesh("cpu", sizes)
+        expected = {
+            fqn: shard(tensor, mesh, [Shard(p.dim % tensor.ndim) if isinstance(p, Shard) else p for p in placements])
+            for fqn, tensor in every(whole(), None)
+        }
+        state = {fqn: blank(tensor) for fqn, tensor in expected.items()}
+        report = loader.load(state, uri, convert=every, storage_options=options, range_size="64KiB")
+        found[layout] = differences(state, expected), report.needed_bytes, report.fetched_bytes
     return found
 
 
 def test_every_conversion_lands_bit_for_bit_and_reads_each_byte_once(bucket) -> None:
     uri, _, options, _ = bucket
-    header = EARLY + 8 * 1024
+    used = sum(tensor.nbytes for tensor in whole().values())
     for found in run_ranks(WORLD, load_all, uri, options):
-        for (name, layout), (wrong, needed, fetched) in found.items():
-            _, keys = CONVERSIONS[name]
-            used = sum(whole()[key].nbytes for key in keys)
-            assert not wrong, (name, layout, wrong)
-            assert needed == used, (name, layout)
-            assert needed <= fetched <= needed + header, (name, layout)
+        for layout, (wrong, needed, fetched) in found.items():
+            assert not wrong, (layout, wrong)
+            assert needed == used, layout
+            assert needed <= fetched <= needed + EARLY + 8 * 1024, layout
 
 
-def load_alone(uri: str, options: Mapping[str, Any], name: str) -> list[int]:
+def load_alone(uri: str, options: Mapping[str, Any]) -> list[int]:
     """Each rank reads for itself: bytes by rank."""
-    convert, keys = CONVERSIONS[name]
     mesh = init_device_mesh("cpu", (WORLD,))
-    state = {fqn: blank(shard(tensor, mesh, [Shard(0)])) for fqn, tensor in convert(whole(), None)}
-    ignore = [key for key in whole() if key not in keys]
-    report = loader.load(state, uri, convert=convert, storage_options=options, ignore=ignore, share="none")
+    state = {fqn: blank(shard(tensor, mesh, [Shard(0)])) for fqn, tensor in merged(whole(), None)}
+    ignore = [key for key in whole() if key not in ("a", "b")]
+    report = loader.load(state, uri, convert=merged, storage_options=options, ignore=ignore, share="none")
     return [rank.fetched_bytes for rank in report.ranks]
 
 
-@pytest.mark.parametrize("name", ["rotary", "stacked", "merged"])
-def test_a_slice_is_read_through_a_conversion_and_not_the_key(bucket, name) -> None:
+def test_of_keys_that_are_combined_a_slice_is_read(bucket) -> None:
     uri, proxy, options, _ = bucket
     proxy.reset()
-    needed = sum(whole()[key].nbytes for key in CONVERSIONS[name][1])
-    fetched = run_ranks(WORLD, load_alone, uri, options, name)[0]
+    needed = whole()["a"].nbytes + whole()["b"].nbytes
+    fetched = run_ranks(WORLD, load_alone, uri, options)[0]
     assert fetched[1:] == [needed // WORLD] * (WORLD - 1)
     assert proxy.bytes_served(FILE) == sum(fetched)
 
