@@ -27,7 +27,7 @@ SMALL = {
     "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "pad_token_id": 0,
     "max_position_embeddings": LENGTH, "rms_norm_eps": 1e-5, "rope_theta": THETA, "attn_implementation": "eager",
 }  # fmt: skip
-MOE = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": EXPERT_HIDDEN}
+MOE = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": EXPERT_HIDDEN, "norm_topk_prob": True}
 LATENT = {
     "n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": EXPERT_HIDDEN, "n_group": 1,
     "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 8, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
@@ -37,6 +37,7 @@ LATENT = {
 GPT_OSS = {
     "num_local_experts": EXPERTS, "num_experts_per_tok": 2, "num_attention_heads": 64, "num_key_value_heads": 8,
     "head_dim": 64, "intermediate_size": EXPERT_HIDDEN, "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": THETA},
 }  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "head_dim": DIM // HEADS},
@@ -66,7 +67,7 @@ def hf_model(name: str) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for tensor in model.state_dict().values():
-        torch.nn.init.normal_(tensor, std=0.1)  # norms of 1 and biases of 0 would tell nothing
+        torch.nn.init.normal_(tensor, std=0.3)  # norms of 1 and biases of 0 would tell nothing
     return model
 
 
