@@ -125,6 +125,16 @@ def test_one_process_loads_it_traced(checkpoints, name):
     assert differences(model.state_dict(), reference(checkpoints[name])) == []
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "hrm_text"])
+def test_the_model_says_what_from_pretrained_says(checkpoints, name):
+    model = empty_model(checkpoints[name]).eval()
+    loader.load(model, str(checkpoints[name]), convert="transformers")
+    tokens = torch.randint(1, 104, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model_class(fields(checkpoints[name])).from_pretrained(checkpoints[name]).eval()(tokens).logits
+        assert torch.equal(model(tokens).logits, expected)
+
+
 @pytest.fixture(scope="module")
 def grid(checkpoints, tmp_path_factory):
     """Every model as one checkpoint, beside what `from_pretrained` loads, but for what the model makes itself."""
