@@ -45,7 +45,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3, tied": {"model_type": "qwen3", "tie_word_embeddings": True},
     "qwen3_moe": {"model_type": "qwen3_moe", **MOE},
     "deepseek_v3": {"model_type": "deepseek_v3", **LATENT, "q_lora_rank": None},
-    "deepseek_v3, mtp": {"model_type": "deepseek_v3", **LATENT, "q_lora_rank": 8},
+    "deepseek_v3, mtp": {"model_type": "deepseek_v3", **LATENT, "q_lora_rank": 8, "num_nextn_predict_layers": 1},
     "gpt_oss": {"model_type": "gpt_oss", **GPT_OSS},
 }
 
@@ -79,8 +79,11 @@ def _mtp_layer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return made | {f"{new}eh_proj.weight": torch.randn(DIM, 2 * DIM).to(tensors["lm_head.weight"].dtype)}
 
 
-def torchtitan_config(name: str, *, fused: bool = False) -> Any:
-    """torchtitan's model config; `.build()` makes the model. `fused` has one parameter for q, k and v."""
+def torchtitan_config(name: str, *, fused: bool = False, prediction: bool = True) -> Any:
+    """torchtitan's model config; `.build()` makes the model. `fused` has one parameter for q, k and v.
+
+    `prediction` is whether a model whose checkpoint has layers of multi-token prediction has them too.
+    """
     from torchtitan.models import common, deepseek_v3, gpt_oss, llama3, qwen3
 
     cosine = common.CosSinRoPE.Config(dim=HEAD_DIM, max_seq_len=LENGTH, theta=THETA)
@@ -110,7 +113,7 @@ def torchtitan_config(name: str, *, fused: bool = False) -> Any:
                 router_score_func="sigmoid", moe_comm_backend="standard", non_blocking_capacity_factor=None,
                 mscale=1.0, rope=common.ComplexRoPE.Config(dim=8, max_seq_len=LENGTH, theta=THETA, scaling="none"),
             )  # fmt: skip
-            if "mtp" in name:
+            if "mtp" in name and prediction:
                 more = {"mtp_layers": deepseek_v3._build_mtp_layers(layers[-1], dim=DIM, num_mtp_layers=1)}
         case _:
             cls = gpt_oss.GptOssModel

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from loader.convert import torchtitan
+from loader.convert.lazy import needless
 from loader.library import load
 from loader.place.targets import clean_fqn, tensors_of_module
 from loader.report import Report
@@ -27,6 +28,7 @@ def load_hf_checkpoint(
     parts = [model_parts] if isinstance(model_parts, nn.Module) else list(model_parts)
     target = {fqn: tensor for part in parts for fqn, tensor in tensors_of_module(part)}
 
+    @needless(torchtitan.prediction_layers)
     def convert(checkpoint: Mapping[str, Tensor], hf_config: Any) -> dict[str, Tensor]:
         if adapter is None:
             state = dict(torchtitan.convert(checkpoint, hf_config))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -203,3 +204,40 @@ def test_stages_and_fsdp_through_torchtitans_own_adapter(tmp_path):
         made = {fqn: tensor.contiguous().clone() for fqn, tensor in convert_fused(tensors, config)}
         save_file(made, tmp_path / name / "expected/model.safetensors")
     assert run_ranks(2, _load_stages, str(tmp_path)) == [[], []]
+
+
+# ---------------------------------------------------------------- DeepSeek's layers of multi-token prediction
+
+
+@pytest.fixture
+def as_published(tmp_path):
+    """A DeepSeek-V3 with its prediction layer as published: with copies of the embeddings and the head."""
+    tensors, config = save(tmp_path, "deepseek_v3, mtp")
+    copies = {"embed_tokens": "model.embed_tokens", "shared_head.head": "lm_head"}
+    tensors |= {f"model.layers.2.{name}.weight": tensors[f"{key}.weight"].clone() for name, key in copies.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    return tmp_path, dict(convert(tensors, config))
+
+
+def test_a_model_with_or_without_them_is_filled(as_published):
+    directory, made = as_published
+    without = {fqn: torch.zeros_like(tensor) for fqn, tensor in made.items() if "mtp_layers." not in fqn}
+    for state in (without, {fqn: torch.zeros_like(tensor) for fqn, tensor in made.items()}):
+        loader.load(state, str(directory), convert="torchtitan")
+        assert wrong(state, {fqn: made[fqn] for fqn in state}) == []
+    titan = torchtitan_config("deepseek_v3, mtp", prediction=False)
+    for own in (None, adapter("deepseek_v3", titan)):
+        model = garbage(titan)
+        load_hf_checkpoint(model, str(directory), own)
+        assert wrong(model.state_dict(), without) == []
+
+
+@pytest.mark.parametrize("fields", [{"num_hidden_layers": 1}, {"num_nextn_predict_layers": 0}])
+def test_a_layer_that_is_none_of_them_is_not_left_out(as_published, fields):
+    directory, made = as_published
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | fields))
+    known = ("tok_embeddings", "norm", "lm_head", "layers.0.")
+    state = {fqn: torch.zeros_like(tensor) for fqn, tensor in made.items() if fqn.startswith(known)}
+    with pytest.raises(CoverageError, match=r"checkpoint keys have no target: model\.layers\.[12]\."):
+        loader.load(state, str(directory), convert="torchtitan")

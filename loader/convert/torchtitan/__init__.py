@@ -12,11 +12,11 @@ from loader.convert.family import head_key, making
 from loader.convert.lazy import needless
 from loader.convert.torchtitan.families import MTP, Layer, Table, family_of, head_dim
 
-__all__ = ["convert", "convert_fused"]
+__all__ = ["convert", "convert_fused", "prediction_layers"]
 
 
-def _prediction_layers(names: Iterable[str], hf_config: Any) -> dict[str, str]:
-    """Keys of the layers of multi-token prediction, which come after the others."""
+def prediction_layers(names: Iterable[str], hf_config: Any) -> dict[str, str]:
+    """Keys of the layers of multi-token prediction, which come after the others; their embeddings and head are copies."""
     first, count = hf_config.num_hidden_layers, getattr(hf_config, "num_nextn_predict_layers", None) or 0
     known = set(names)
     layers = [f"model.layers.{n}." for n in range(first, first + count) if f"model.layers.{n}.eh_proj.weight" in known]
@@ -24,7 +24,7 @@ def _prediction_layers(names: Iterable[str], hf_config: Any) -> dict[str, str]:
     return {name: reason for name in known if name.startswith(tuple(layers))}
 
 
-@needless(_prediction_layers)
+@needless(prediction_layers)
 def convert(checkpoint: Mapping[str, Tensor], hf_config: Any) -> Iterator[tuple[str, Tensor]]:
     """The state dict of torchtitan's model of this type, in the checkpoint's dtypes; q, k and v apart.
 
@@ -49,7 +49,7 @@ def convert(checkpoint: Mapping[str, Tensor], hf_config: Any) -> Iterator[tuple[
     yield "lm_head.weight", head
 
 
-@needless(_prediction_layers)
+@needless(prediction_layers)
 def convert_fused(checkpoint: Mapping[str, Tensor], hf_config: Any) -> Iterator[tuple[str, Tensor]]:
     """As `convert`, with q, k and v as the one parameter `wqkv` of models built with torchtitan's `fuse_qkv`.
 
