@@ -36,7 +36,10 @@ def load_hf_checkpoint(
             fresh = type(adapter)(
                 adapter.model_config, None
             )  # one that has seen `to_hf` expects this rank's experts alone
-            state = fresh.from_hf(dict(checkpoint))
+            predicting = any(fqn.startswith("mtp_layers.") for fqn in target)
+            endings = torchtitan.COPIES if predicting else ("",)  # adapters refuse a key that the model lacks
+            left = [key for key in torchtitan.prediction_layers(checkpoint, hf_config) if key.endswith(endings)]
+            state = fresh.from_hf({key: tensor for key, tensor in checkpoint.items() if key not in left})
         for fqn, tensor in target.items():
             if fqn.endswith(".expert_bias_E"):  # adapters leave it out where the checkpoint has none
                 state.setdefault(fqn, torch.zeros(tensor.shape))

@@ -225,11 +225,12 @@ def test_a_model_with_or_without_them_is_filled(as_published):
     for state in (without, {fqn: torch.zeros_like(tensor) for fqn, tensor in made.items()}):
         loader.load(state, str(directory), convert="torchtitan")
         assert wrong(state, {fqn: made[fqn] for fqn in state}) == []
-    titan = torchtitan_config("deepseek_v3, mtp", prediction=False)
-    for own in (None, adapter("deepseek_v3", titan)):
-        model = garbage(titan)
-        load_hf_checkpoint(model, str(directory), own)
-        assert wrong(model.state_dict(), without) == []
+    for prediction, expected in ((False, without), (True, made)):
+        titan = torchtitan_config("deepseek_v3, mtp", prediction=prediction)
+        for own in (None, adapter("deepseek_v3", titan)):
+            model = garbage(titan)
+            load_hf_checkpoint(model, str(directory), own)
+            assert wrong(model.state_dict(), expected) == []
 
 
 @pytest.mark.parametrize("fields", [{"num_hidden_layers": 1}, {"num_nextn_predict_layers": 0}])

@@ -12,11 +12,15 @@ from loader.convert.family import head_key, making
 from loader.convert.lazy import needless
 from loader.convert.torchtitan.families import MTP, Layer, Table, family_of, head_dim
 
-__all__ = ["convert", "convert_fused", "prediction_layers"]
+__all__ = ["COPIES", "convert", "convert_fused", "prediction_layers"]
+
+
+COPIES = ("embed_tokens.weight", "shared_head.head.weight")
+"""Keys of a layer of multi-token prediction that are the model's own embeddings and head once more."""
 
 
 def prediction_layers(names: Iterable[str], hf_config: Any) -> dict[str, str]:
-    """Keys of the layers of multi-token prediction, which come after the others; their embeddings and head are copies."""
+    """Keys of the layers of multi-token prediction, which come after all others."""
     first, count = hf_config.num_hidden_layers, getattr(hf_config, "num_nextn_predict_layers", None) or 0
     known = set(names)
     layers = [f"model.layers.{n}." for n in range(first, first + count) if f"model.layers.{n}.eh_proj.weight" in known]
