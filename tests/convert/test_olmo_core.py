@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ import loader
 from loader.convert.conversion import Checkpoint, visible_keys
 from loader.convert.graph import Node
 from loader.convert.lazy import trace
-from loader.convert.olmo_core import convert, convert_dropless
+from loader.convert.olmo_core import convert, convert_dropless, families
 from loader.errors import CoverageError
 from loader.place.landing import Landings
 from loader.plan.catalog import Catalog, Entry, File
@@ -211,3 +213,22 @@ def test_experts_for_a_model_of_another_layout(tmp_path):
     )
     assert "experts.3.gate_proj.weight [24, 32]" in str(caught.value)
     loader.load(state, str(tmp_path), convert="loader.convert.olmo_core:convert_dropless")
+
+
+# ---------------------------------------------------------------- one more model type
+
+
+def test_the_readmes_family_is_right(tmp_path, monkeypatch):
+    """phi3, by the lines that README shows, beside the same model as a llama."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (lines,) = re.findall(r"```python\n(def phi3.*?)```", readme, re.DOTALL)
+    tensors, config = save(tmp_path, "llama")
+    expected = dict(convert(tensors, config))
+    for layer in ("model.layers.0.", "model.layers.1."):
+        for fused, parts in {"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")}.items():
+            names = [f"{layer}{fused.partition('.')[0]}.{part}_proj.weight" for part in parts]
+            tensors[f"{layer}{fused}.weight"] = torch.cat([tensors.pop(name) for name in names])
+    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
+    exec(lines, vars(families).copy())
+    config.model_type = "phi3"
+    assert wrong(dict(convert(tensors, config)), expected) == []
