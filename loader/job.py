@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from loader import report as reports
 from loader.config import Read
-from loader.convert.conversion import apply, visible_keys
+from loader.convert.conversion import apply, needless_keys, visible_keys
 from loader.convert.graph import Node, keys_of
 from loader.convert.lazy import Convert
 from loader.convert.named import NAMED, named
@@ -55,14 +55,16 @@ class Job:
         self._held_bytes = max(0, anonymous_bytes() - before)
 
     def trace(self, convert: Convert | None, ignore: Sequence[str], strip_prefix: str) -> None:
-        """Decide which keys count, under which names, and trace the conversion: `keys` and `outputs`."""
+        """Decide which keys count, under which names, and trace the conversion: `keys`, `outputs` and `needless`."""
         with self.control.phase("trace"):
             self.keys = visible_keys(self.source.catalog, ignore, strip_prefix)
-            self.outputs = apply(convert, self.keys, self.hf_config() if convert else None)
+            hf_config = self.hf_config() if convert else None
+            self.outputs = apply(convert, self.keys, hf_config)
+            self.needless = needless_keys(convert, self.keys, hf_config)
 
     def wanted(self, needless: Collection[str]) -> list[Node]:
-        """The visible keys that must be used: all but `needless`."""
-        return [node for name, node in self.keys.items() if name not in needless]
+        """The visible keys that must be used: all but `needless`, and what the conversion itself declares to be so."""
+        return [node for name, node in self.keys.items() if name not in needless and name not in self.needless]
 
     @property
     def reserved_bytes(self) -> int:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import http.client
 import http.server
+import re
 import socket
 import socketserver
 import struct
@@ -37,6 +38,15 @@ class Request:
     @property
     def range(self) -> str | None:
         return self.headers["Range"]
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The bytes `[first, stop)` of the object that were asked for with a range, all of which were served."""
+        found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.range or "")
+        assert found, self.range
+        first, stop = int(found[1]), int(found[2]) + 1
+        assert (self.status, self.body_bytes) == (206, stop - first)
+        return first, stop
 
 
 @dataclasses.dataclass

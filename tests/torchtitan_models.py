@@ -27,7 +27,7 @@ SMALL = {
     "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": HEAD_DIM, "pad_token_id": 0,
     "max_position_embeddings": LENGTH, "rms_norm_eps": 1e-5, "rope_theta": THETA, "attn_implementation": "eager",
 }  # fmt: skip
-MOE = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": EXPERT_HIDDEN}
+MOE = {"num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": EXPERT_HIDDEN, "norm_topk_prob": True}
 LATENT = {
     "n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": EXPERT_HIDDEN, "n_group": 1,
     "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 8, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8,
@@ -37,6 +37,7 @@ LATENT = {
 GPT_OSS = {
     "num_local_experts": EXPERTS, "num_experts_per_tok": 2, "num_attention_heads": 64, "num_key_value_heads": 8,
     "head_dim": 64, "intermediate_size": EXPERT_HIDDEN, "tie_word_embeddings": False,
+    "rope_parameters": {"rope_type": "default", "rope_theta": THETA},
 }  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "head_dim": DIM // HEADS},
@@ -44,7 +45,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3, tied": {"model_type": "qwen3", "tie_word_embeddings": True},
     "qwen3_moe": {"model_type": "qwen3_moe", **MOE},
     "deepseek_v3": {"model_type": "deepseek_v3", **LATENT, "q_lora_rank": None},
-    "deepseek_v3, mtp": {"model_type": "deepseek_v3", **LATENT, "q_lora_rank": 8},
+    "deepseek_v3, mtp": {"model_type": "deepseek_v3", **LATENT, "q_lora_rank": 8, "num_nextn_predict_layers": 1},
     "gpt_oss": {"model_type": "gpt_oss", **GPT_OSS},
 }
 
@@ -66,7 +67,7 @@ def hf_model(name: str) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for tensor in model.state_dict().values():
-        torch.nn.init.normal_(tensor, std=0.1)  # norms of 1 and biases of 0 would tell nothing
+        torch.nn.init.normal_(tensor, std=0.3)  # norms of 1 and biases of 0 would tell nothing
     return model
 
 
@@ -78,8 +79,11 @@ def _mtp_layer(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return made | {f"{new}eh_proj.weight": torch.randn(DIM, 2 * DIM).to(tensors["lm_head.weight"].dtype)}
 
 
-def torchtitan_config(name: str, *, fused: bool = False) -> Any:
-    """torchtitan's model config; `.build()` makes the model. `fused` has one parameter for q, k and v."""
+def torchtitan_config(name: str, *, fused: bool = False, prediction: bool = True) -> Any:
+    """torchtitan's model config; `.build()` makes the model. `fused` has one parameter for q, k and v.
+
+    `prediction` is whether a model whose checkpoint has layers of multi-token prediction has them too.
+    """
     from torchtitan.models import common, deepseek_v3, gpt_oss, llama3, qwen3
 
     cosine = common.CosSinRoPE.Config(dim=HEAD_DIM, max_seq_len=LENGTH, theta=THETA)
@@ -109,7 +113,7 @@ def torchtitan_config(name: str, *, fused: bool = False) -> Any:
                 router_score_func="sigmoid", moe_comm_backend="standard", non_blocking_capacity_factor=None,
                 mscale=1.0, rope=common.ComplexRoPE.Config(dim=8, max_seq_len=LENGTH, theta=THETA, scaling="none"),
             )  # fmt: skip
-            if "mtp" in name:
+            if "mtp" in name and prediction:
                 more = {"mtp_layers": deepseek_v3._build_mtp_layers(layers[-1], dim=DIM, num_mtp_layers=1)}
         case _:
             cls = gpt_oss.GptOssModel

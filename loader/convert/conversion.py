@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from loader.convert.graph import Key, Node
-from loader.convert.lazy import Convert, LazyTensor, lazy_key, trace
+from loader.convert.lazy import Convert, Declare, LazyTensor, lazy_key, trace
 from loader.errors import ConversionError, CoverageError
 from loader.plan.catalog import Catalog
 
@@ -24,6 +24,12 @@ def apply(convert: Convert | None, keys: Mapping[str, Node], hf_config: Any) -> 
     Raises ConversionError.
     """
     return keys if convert is None else trace(convert, Checkpoint(keys), hf_config)
+
+
+def needless_keys(convert: Convert | None, names: Collection[str], hf_config: Any) -> Mapping[str, str]:
+    """Of the keys `names`, those that the conversion declares a model may have no use for, with its reasons."""
+    declare: Declare | None = getattr(convert, "needless", None)
+    return declare(names, hf_config) if declare else {}
 
 
 class Checkpoint(Mapping[str, Tensor]):

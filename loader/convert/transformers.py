@@ -22,8 +22,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.utils import ContextManagers
 
-from loader.convert.lazy import Convert
-from loader.errors import BuilderError, ConversionError, CoverageError
+from loader.convert.lazy import Convert, OutputError
+from loader.errors import BuilderError, CoverageError
 
 _OWN_BUILDER = 'set model.builder to a "package.module:function" of yours'
 
@@ -83,11 +83,9 @@ def _run(
             transform.add_tensor(name, key, pattern, checkpoint[key])
     try:
         made = transform.convert(name, model=model, config=model.config)
-    except ConversionError:
-        raise
     except Exception as error:
         names = " and ".join(type(operation).__name__ for operation in transform.operations)
-        raise ConversionError(f"{name}: transformers' {names} failed {_told(sources)}: {error}") from error
+        raise OutputError(f"{name}: transformers' {names} failed {_told(sources)}: {error}") from error
     for fqn, tensor in made.items():
         yield fqn, tensor[0] if isinstance(tensor, list) else tensor
 

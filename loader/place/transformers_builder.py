@@ -58,7 +58,8 @@ def config_of(fields: Mapping[str, Any]) -> PreTrainedConfig:
     try:
         config: PreTrainedConfig = cls.from_dict(dict(fields))
     except Exception as error:
-        raise BuilderError(f"transformers could not read config.json as a {cls.__name__}\n{told(error)}") from error
+        reason = error.__cause__ or error  # of its own validation, which says no more than that it failed
+        raise BuilderError(f"transformers could not read config.json as a {cls.__name__}: {reason}") from error
     return config
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -11,10 +13,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from loader.convert import olmo_core
-from loader.errors import CatalogError, ConfigError
+from loader.errors import ConfigError
 from loader.library import load
+from loader.uri import at_revision
 
-_LATER = "names on the Hugging Face Hub are not read yet: copy the model into a bucket or a directory, and name that"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _VOCABULARY = ("embeddings.weight", "lm_head.w_out.weight")
 
 
@@ -30,22 +33,20 @@ def load_hf_model(
 ) -> None:
     """Fill an OLMo-core model's state dict, its DTensors in place, from a checkpoint in Hugging Face layout.
 
-    `model_name_or_path` is a directory, or a URL of one, on any fsspec scheme. `num_embeddings` is the model's number
+    `model_name_or_path` is a directory, a URL of one on any scheme that the loader reads, or the name of a model on
+    the Hugging Face hub, of which `revision` is a branch, tag or commit. `num_embeddings` is the model's number
     of vocabulary rows, where it is not the checkpoint's: rows beyond are not read, rows that lack are zeros (where
     OLMo-core's are what transformers draws for them). For other arguments of `loader.load`, call that with
     `convert="olmo_core"`.
 
     Not needed, and taken for the signature's sake: `work_dir`, for nothing is downloaded; `model_id`, which is
-    deprecated; `revision`, for a bucket has none; `process_group`, for it must be all ranks.
+    deprecated; `process_group`, for it must be all ranks.
 
     Collective over the default process group. Every tensor of the state dict is filled or the load fails, and none may
-    be on meta: OLMo-core leaves what it has no weights for as it is. Raises ConfigError for a Hub name in a URL and for
-    a smaller process group, and what `loader.load` raises.
+    be on meta: OLMo-core leaves what it has no weights for as it is. Raises ConfigError for a smaller process group,
+    and what `loader.load` raises.
     """
-    del revision, model_id, work_dir
-    uri = fspath(model_name_or_path)
-    if uri.startswith("hf://"):
-        raise ConfigError(f"{uri}: {_LATER}")
+    del model_id, work_dir
     if process_group is not None and dist.get_world_size(process_group) != dist.get_world_size():
         raise ConfigError(
             f"process_group has {dist.get_world_size(process_group)} of {dist.get_world_size()} ranks: all ranks load "
@@ -56,12 +57,19 @@ def load_hf_model(
         for fqn, tensor in olmo_core.convert(checkpoint, hf_config):
             yield fqn, tensor if num_embeddings is None or fqn not in _VOCABULARY else _rows(tensor, num_embeddings)
 
-    try:
-        load(model_state_dict, uri, convert=convert)
-    except CatalogError as error:
-        if "://" in uri:
-            raise
-        raise CatalogError(f"{error.message}. If {uri} is a model's name: {_LATER}", rank=error.rank) from error
+    load(model_state_dict, uri_of(fspath(model_name_or_path), revision), convert=convert)
+
+
+def uri_of(name_or_path: str, revision: str) -> str:
+    """Where it is: `org/name` is the hub's, unless there is such a directory. Qwen/Qwen3-8B -> hf://Qwen/Qwen3-8B@main
+
+    A revision in an hf:// URI stands; what is not on the hub has none.
+    """
+    if name_or_path.startswith("hf://"):
+        return name_or_path if "@" in name_or_path else at_revision(name_or_path, revision)
+    if _HUB_NAME.fullmatch(name_or_path) and not Path(name_or_path).exists():
+        return at_revision(f"hf://{name_or_path}", revision)
+    return name_or_path
 
 
 def _rows(tensor: Tensor, count: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from loader.convert import torchtitan
+from loader.convert.lazy import needless
 from loader.library import load
 from loader.place.targets import clean_fqn, tensors_of_module
 from loader.report import Report
@@ -27,6 +28,7 @@ def load_hf_checkpoint(
     parts = [model_parts] if isinstance(model_parts, nn.Module) else list(model_parts)
     target = {fqn: tensor for part in parts for fqn, tensor in tensors_of_module(part)}
 
+    @needless(torchtitan.prediction_layers)
     def convert(checkpoint: Mapping[str, Tensor], hf_config: Any) -> dict[str, Tensor]:
         if adapter is None:
             state = dict(torchtitan.convert(checkpoint, hf_config))
@@ -34,7 +36,10 @@ def load_hf_checkpoint(
             fresh = type(adapter)(
                 adapter.model_config, None
             )  # one that has seen `to_hf` expects this rank's experts alone
-            state = fresh.from_hf(dict(checkpoint))
+            predicting = any(fqn.startswith("mtp_layers.") for fqn in target)
+            endings = torchtitan.COPIES if predicting else ("",)  # adapters refuse a key that the model lacks
+            left = [key for key in torchtitan.prediction_layers(checkpoint, hf_config) if key.endswith(endings)]
+            state = fresh.from_hf({key: tensor for key, tensor in checkpoint.items() if key not in left})
         for fqn, tensor in target.items():
             if fqn.endswith(".expert_bias_E"):  # adapters leave it out where the checkpoint has none
                 state.setdefault(fqn, torch.zeros(tensor.shape))

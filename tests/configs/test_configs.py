@@ -1,12 +1,21 @@
 """Every file in configs/ is what its first comment says it is."""
 
 import fnmatch
+import json
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file
 
 from loader.config import Config, parse, resolve_mesh
+from loader.convert import olmo_core, torchtitan
+from loader.init_from_hf import main
+from loader.place.targets import tensors_of_module
+from loader.place.transformers_builder import config_of
+from tests.checkpoints import same_bits
+from tests.ranks import run_ranks
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -16,8 +25,8 @@ def load(name: str, *overrides: str) -> Config:
 
 
 def test_each_file_has_a_test_here():
-    tested = {"llama-fsdp", "llama-hsdp-two-nodes", "tp-fsdp", "convert-to-dcp"}
-    assert {path.stem for path in CONFIGS.iterdir()} == tested
+    tested = {"llama-fsdp", "llama-hsdp-two-nodes", "tp-fsdp", "convert-to-dcp", "olmo-core", "torchtitan"}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == tested
 
 
 @pytest.mark.parametrize(
@@ -27,6 +36,8 @@ def test_each_file_has_a_test_here():
         ("llama-hsdp-two-nodes", 16, {"dp_replicate": 2, "dp_shard": 8}),
         ("tp-fsdp", 32, {"dp_shard": 4, "tp": 8}),
         ("convert-to-dcp", 4, {"dp_shard": 4}),
+        ("olmo-core", 8, {"dp_shard": 8}),
+        ("torchtitan", 8, {"dp_shard": 8}),
     ],
 )
 def test_the_mesh_fits_the_ranks_that_the_comment_starts(name, world_size, mesh):
@@ -65,3 +76,37 @@ def test_the_conversion_shards_weights_and_replicates_norms():
 
 def test_a_source_of_ones_own_replaces_the_example():
     assert load("llama-fsdp", "source.uri=file:///tmp/mine").source.uri == "file:///tmp/mine"
+
+
+def run(name: str, uri: str) -> int:
+    """In a rank: the config as it is, but for the source, and a program that looks at what it was given."""
+    if name == "torchtitan":
+        import tests.torchtitan_models  # noqa: F401 - without a GPU torchtitan wants its kernels replaced
+    overrides = [f"source.uri={uri}", f"output.entrypoint={__name__}:check_{name.replace('-', '_')}", "report=null"]
+    return main(["--config", str(CONFIGS / f"{name}.yaml"), "model.device=cpu", *overrides])
+
+
+def check_olmo_core(model, mesh, report) -> int:
+    return check(model, report, olmo_core.convert)
+
+
+def check_torchtitan(model, mesh, report) -> int:
+    return check(model, report, torchtitan.convert_fused)
+
+
+def check(model, report, convert) -> int:
+    directory = Path(report.source.uri)
+    config = config_of(json.loads((directory / "config.json").read_text()))
+    expected = {fqn: t.bfloat16() for fqn, t in convert(load_file(directory / "model.safetensors"), config)}
+    found = dict(tensors_of_module(model))  # torchtitan's state dict has q, k and v apart again
+    wrong = [fqn for fqn in expected if not same_bits(found[fqn].full_tensor(), expected[fqn])]
+    return 7 if wrong or set(found) != set(expected) else 0
+
+
+@pytest.mark.parametrize("name", ["olmo-core", "torchtitan"])
+def test_the_trainers_models_are_filled(name, tmp_path):
+    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 16}
+    config = transformers.LlamaConfig(**sizes, vocab_size=2048, num_key_value_heads=16)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    outcomes = run_ranks(2, run, name, str(tmp_path), init=False, outcomes=True)
+    assert [outcome.value for outcome in outcomes] == [0, 0], outcomes

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import itertools
-import json
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard
 
 import loader
 from loader.convert.conversion import Checkpoint, visible_keys
 from loader.convert.graph import Node
 from loader.convert.lazy import trace
-from loader.convert.olmo_core import convert, convert_dropless
-from loader.errors import ConversionError, CoverageError
+from loader.convert.olmo_core import convert, convert_dropless, families
+from loader.errors import CoverageError
 from loader.place.landing import Landings
 from loader.plan.catalog import Catalog, Entry, File
 from loader.plan.geometry import Box, whole
 from tests.checkpoints import same_bits
+from tests.grid import Family, write, wrong_shards
+from tests.logits import assert_decide
 from tests.olmo_core_models import MODELS, hf_model, linear_attention, olmo_core_model, save
-from tests.ranks import run_ranks
-from tests.shards import blank, differences, shard
 
 NOT_LISTED = ("mistral", "qwen2", "qwen3_moe", "olmoe")
 """Model types that OLMo-core's conversion gives two norms one name for."""
@@ -36,6 +32,7 @@ BIASED = ("llama, biases",)
 """It refuses these."""
 
 RIGHT = [name for name in MODELS if not name.startswith(NOT_LISTED) and name not in BIASED]
+DROPLESS = ("qwen3_moe", "olmoe", "flex_olmo")
 DENSE_AND_EXPERTS = ("qwen3_moe, some layers dense",)
 
 
@@ -97,20 +94,21 @@ def test_the_olmo_core_model_says_what_the_hf_model_says(name, tmp_path):
     assert_same_logits(olmo_core_model(config), dict(convert(tensors, config)), name)
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "olmoe", "flex_olmo"])
+@pytest.mark.parametrize("name", DROPLESS)
 def test_a_dropless_model_says_it_too(name, tmp_path):
     tensors, config = save(tmp_path, name)
     assert_same_logits(olmo_core_model(config, dropless=True), dict(convert_dropless(tensors, config)), name)
 
 
 def assert_same_logits(model: torch.nn.Module, state: Mapping[str, Tensor], name: str) -> None:
-    model.load_state_dict(state, strict=True)
     tokens = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(0))
+
+    def logits(state: Mapping[str, Tensor]) -> Tensor:
+        model.load_state_dict(state, strict=True)
+        return model(tokens)
+
     with torch.no_grad():
-        expected = hf_model(name)(tokens).logits
-        found = model(tokens)
-    assert expected.std() > 0.1
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert_decide(logits, state, hf_model(name)(tokens).logits, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("name", ["mistral", "qwen3_moe", "olmoe"])
@@ -172,137 +170,65 @@ def test_pulled_back_boxes_are_slices_of_the_whole(conversion, name, tmp_path):
 
 # ---------------------------------------------------------------- in ranks
 
-R, ROWS, COLUMNS = Replicate(), Shard(0), Shard(1)
-LAYOUTS = {
-    1: [((1,), [ROWS])],
-    2: [((2,), [ROWS]), ((2,), [COLUMNS])],
-    4: [((2, 2), [R, ROWS]), ((2, 2), [ROWS, COLUMNS]), ((4,), [COLUMNS]), ((4,), [ROWS])],
-}
-"""By world size: FSDP, HSDP, TP by rows and columns, and both. A model takes one, the next model the next."""
-
-
-def _load_all(directory: str, world_size: int) -> list[str]:
-    found = []
-    meshes = {sizes: init_device_mesh("cpu", sizes) for sizes, _ in LAYOUTS[world_size]}
-    for name, (sizes, placements) in zip(MODELS, itertools.cycle(LAYOUTS[world_size]), strict=False):
-        at = Path(directory, name)
-        expected = load_file(at / "expected" / "all.safetensors")
-        sharded = {fqn: shard(tensor, meshes[sizes], placements) for fqn, tensor in expected.items()}
-        state = {fqn: blank(each) for fqn, each in sharded.items()}
-        loader.load(state, str(at), convert="olmo_core", range_size="64KiB")
-        found += [f"{name}, {placements}: {fqn}" for fqn in differences(state, sharded)]
-    return found
-
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    """Every model in bfloat16, beside what the whole conversion makes of it."""
-    directory = tmp_path_factory.mktemp("checkpoints")
+def grid(tmp_path_factory):
+    """Every model in bfloat16, beside what OLMo-core makes of it where that is right, else the whole conversion."""
+    directory, families = tmp_path_factory.mktemp("grid"), {}
     for name in MODELS:
         tensors, config = save(directory / name, name, torch.bfloat16)
-        (directory / name / "expected").mkdir()
-        made = {fqn: tensor.contiguous().clone() for fqn, tensor in convert(tensors, config)}
-        save_file(made, directory / name / "expected" / "all.safetensors")
-    return directory
+        expected = theirs(tensors, config) if name in RIGHT else dict(convert(tensors, config))
+        families[name] = Family(tensors, config.to_dict(), "olmo_core", expected)
+        if name in DROPLESS:
+            spec, expected = "loader.convert.olmo_core:convert_dropless", dict(convert_dropless(tensors, config))
+            families[f"{name}, dropless"] = families[name]._replace(convert=spec, expected=expected)
+    write(directory / "all", families)
+    return directory / "all"
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_every_rank_has_its_shards_of_the_conversion(checkpoints, world_size):
-    assert run_ranks(world_size, _load_all, str(checkpoints), world_size) == [[]] * world_size
+def test_every_rank_has_its_shards_of_the_conversion(grid, world_size):
+    assert wrong_shards(grid, world_size) == []
 
 
-def test_olmo_cores_own_function_streams(checkpoints):
-    at = checkpoints / "flex_olmo"
-    expected = load_file(at / "expected" / "all.safetensors")
-    assert wrong(dict(loader.iter_convert(str(at), convert=theirs)), expected) == []
+@pytest.mark.parametrize("convert_by", ["olmo_core", theirs])
+def test_our_own_function_and_olmo_cores_stream(convert_by, tmp_path):
+    tensors, config = save(tmp_path, "flex_olmo", torch.bfloat16)
+    assert wrong(dict(loader.iter_convert(str(tmp_path), convert=convert_by)), theirs(tensors, config)) == []
 
 
 # ---------------------------------------------------------------- what does not fit
 
 
-def failure(tensors: Mapping[str, Tensor], config) -> str:
-    with pytest.raises(ConversionError) as caught:
-        trace(convert, lazily(tensors), config)
-    return caught.value.message
-
-
-def test_a_model_type_that_is_not_known(tmp_path):
-    _, config = save(tmp_path, "qwen3_moe")
-    config.model_type = "qwen3_next"
-    message = failure({}, config)
-    assert "no model type 'qwen3_next'" in message
-    assert all(known in message for known in ("llama", "olmo3moe", "gemma3_text"))
-    assert "the nearest is qwen3" in message
-
-
-def test_a_missing_expert(tmp_path):
-    tensors, config = save(tmp_path, "qwen3_moe")
-    del tensors["model.layers.1.mlp.experts.3.down_proj.weight"]
-    message = failure(tensors, config)
-    assert message.startswith("blocks.1.feed_forward_moe.experts.mlp.w2: the conversion needs key 'model.layers.1.mlp.")
-    assert "experts.3.down_proj.weight'" in message
-
-
-def test_an_expert_of_another_shape(tmp_path):
-    tensors, config = save(tmp_path, "olmoe")
-    tensors["model.layers.0.mlp.experts.2.up_proj.weight"] = torch.zeros(24, 31)
-    message = failure(tensors, config)
-    assert message.startswith(
-        "blocks.0.feed_forward_moe.experts.mlp.w3: key model.layers.0.mlp.experts.2.up_proj.weight"
-    )
-    assert "[24, 31]" in message
-    assert "[24, 32]" in message
-
-
-def test_no_lm_head_though_the_config_does_not_tie(tmp_path):
-    tensors, config = save(tmp_path, "mistral")
-    del tensors["lm_head.weight"]
-    message = failure(tensors, config)
-    assert message.startswith("lm_head.w_out.weight: the conversion needs key 'lm_head.weight'")
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"num_key_value_heads": 4}, ["w_k.weight", "k_proj.weight is [16, 32]", "num_key_value_heads 4", "32 long"]),
-        ({"num_attention_heads": 8, "head_dim": 8}, ["w_q.weight", "q_proj.weight is [32, 32]", "64 long"]),
-        ({"num_attention_heads": 5, "head_dim": None}, ["hidden_size 32 does not divide by num_attention_heads 5"]),
-    ],
-)
-def test_heads_that_are_not_the_configs(change, words, tmp_path):
-    tensors, config = save(tmp_path, "llama")
-    for name, value in change.items():
-        setattr(config, name, value)
-    message = failure(tensors, config)
-    assert message.startswith("blocks.0.attention.w_")
-    assert all(word in message for word in words), message
-
-
-def test_experts_for_a_model_of_another_layout(checkpoints):
+def test_experts_for_a_model_of_another_layout(tmp_path):
     """A dropless model's w1: the same elements, another shape."""
-    at = checkpoints / "olmoe"
-    state = {fqn: torch.empty_like(t) for fqn, t in load_file(at / "expected" / "all.safetensors").items()}
+    state = {fqn: torch.empty_like(tensor) for fqn, tensor in convert(*save(tmp_path, "olmoe"))}
     for fqn in state:
         if fqn.endswith(("mlp.w1", "mlp.w3")):
             state[fqn] = torch.empty(4 * 24, 32)
     with pytest.raises(CoverageError) as caught:
-        loader.load(state, str(at), convert="olmo_core")
+        loader.load(state, str(tmp_path), convert="olmo_core")
     assert "experts.mlp.w1: the model's shape is [96, 32], the checkpoint's [128, 24], of model.layers.0.mlp." in str(
         caught.value
     )
     assert "experts.3.gate_proj.weight [24, 32]" in str(caught.value)
-    loader.load(state, str(at), convert="loader.convert.olmo_core:convert_dropless")
+    loader.load(state, str(tmp_path), convert="loader.convert.olmo_core:convert_dropless")
 
 
-def test_a_layer_more_than_the_config_has(tmp_path):
-    tensors, config = save(tmp_path, "olmo2")
-    state = {fqn: torch.empty_like(tensor) for fqn, tensor in convert(tensors, config)}
-    fields = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**fields, "num_hidden_layers": 1}))
-    fewer = {fqn: tensor for fqn, tensor in state.items() if "blocks.1." not in fqn}
-    with pytest.raises(
-        CoverageError, match=r"11 checkpoint keys have no target: model\.layers\.1\.mlp\.down_proj\.weight \[32, 48\], "
-    ):
-        loader.load(fewer, str(tmp_path), convert="olmo_core")
-    with pytest.raises(CoverageError, match=r"blocks\.1\.attention.* \[.*\] has no source"):
-        loader.load(state, str(tmp_path), convert="olmo_core")
+# ---------------------------------------------------------------- one more model type
+
+
+def test_the_readmes_family_is_right(tmp_path, monkeypatch):
+    """phi3, by the lines that README shows, beside the same model as a llama."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (lines,) = re.findall(r"```python\n(def phi3.*?)```", readme, re.DOTALL)
+    tensors, config = save(tmp_path, "llama")
+    expected = dict(convert(tensors, config))
+    for layer in ("model.layers.0.", "model.layers.1."):
+        for fused, parts in {"self_attn.qkv_proj": ("q", "k", "v"), "mlp.gate_up_proj": ("gate", "up")}.items():
+            names = [f"{layer}{fused.partition('.')[0]}.{part}_proj.weight" for part in parts]
+            tensors[f"{layer}{fused}.weight"] = torch.cat([tensors.pop(name) for name in names])
+    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
+    exec(lines, vars(families).copy())
+    config.model_type = "phi3"
+    assert wrong(dict(convert(tensors, config)), expected) == []

@@ -15,7 +15,7 @@ from loader.convert.conversion import Checkpoint, visible_keys
 from loader.convert.graph import Node
 from loader.convert.lazy import trace
 from loader.convert.pull import Fill, Join, Move, pull_back
-from loader.errors import ConversionError
+from loader.errors import BuilderError, ConversionError, CoverageError
 from loader.plan.catalog import Catalog, Entry, File
 from loader.plan.geometry import Box, whole
 
@@ -159,18 +159,36 @@ def test_what_only_moves_data_takes_each_element_once() -> None:
         assert fill(node, box, torch.empty(box.sizes), [a]) == math.prod(box.sizes)
 
 
+def of_a_view(keys, _):
+    part = keys["a"][:2]
+    part.mul_(2)
+    yield "x", keys["a"]
+
+
+def in_two_steps(keys, _):
+    yield "w", keys["b"]
+    yield "x", keys["a"] if torch.equal(keys["a"], keys["a"]) else keys["b"]
+
+
 @pytest.mark.parametrize(
     ("convert", "words"),
     [
-        (lambda c, _: {"x": c["a"].relu()}, ["aten.relu", "'a'", "Write it with these"]),
-        (lambda c, _: {"x": c["a"].add_(1)}, ["in-place", "x = x.add(...)"]),
+        (lambda c, _: {"x": c["a"].relu()}, ["x: aten.relu", "'a'", "Write it with these"]),
+        (lambda c, _: {"w": c["b"], "x": c["a"].sort(0)[0].t() + 1}, ["x: aten.sort", "'a'", "Write it with these"]),
+        (lambda c, _: {"x": c["a"][c["b"].long()]}, ["x: aten.index", "'a' [4, 6]", "without reading the checkpoint"]),
+        (lambda c, _: {"x": c["a"].add_(1)}, ["x: aten.add_", "'a'", "in-place", "`x = x.add(...)`"]),
+        (lambda c, _: {"w": c["b"], "x": c["a"].mul_(2).t() + 1}, ["x: aten.mul_", "'a'", "in-place"]),
+        (of_a_view, ["aten.mul_", "'a'", "in-place"]),
+        (in_two_steps, ["equal", "'a'", "look at values", "(after it made w)"]),
+        (lambda c, _: {"x": torch.empty(9, 6)[:4].copy_(c["a"])}, ["in-place", "torch.cat or torch.stack"]),
         (lambda c, _: {"x": c["a"] if float(c["a"][0, 0]) > 0 else None}, ["look at values", "'a'"]),
         (lambda c, _: {"x": torch.tensor(c["a"].tolist())}, ["look at values"]),
         (lambda c, _: {"x": c["a"].numpy()}, ["look at values"]),
         (lambda c, _: {"x": c["aa"]}, ["'aa'", "nearest", "a"]),
         (lambda c, _: [("x", c["a"]), ("x", c["b"])], ["x twice"]),
         (lambda c, _: {"y": c["b"], "x": 3}, ["x a int"]),
-        (lambda c, _: {"x": c["a"].view(5, 5)}, ["RuntimeError", "shape"]),
+        (lambda c, _: {"x": c["a"].view(5, 5)}, ["aten.view", "'a' [4, 6]", "shape"]),
+        (lambda c, _: {"x": torch.cat([c["a"], c["a"], c["b"]])}, ["aten.cat", "'a' [4, 6] and 'b' [2]"]),
         (lambda c, cfg: {"x": cfg.missing}, ["AttributeError", "missing"]),
     ],
 )
@@ -179,3 +197,20 @@ def test_what_cannot_be_traced_is_told_with_the_remedy(convert, words) -> None:
         trace(convert, checkpoint({"a": torch.randn(4, 6), "b": torch.randn(2)}), None)
     for word in words:
         assert word in str(error.value)
+
+
+def test_what_is_not_used_may_be_done_with_any_op() -> None:
+    def convert(keys, _):
+        keys["a"].sort(0)
+        yield "x", keys["b"]
+
+    assert list(trace(convert, checkpoint({"a": torch.randn(4, 6), "b": torch.randn(2)}), None)) == ["x"]
+
+
+@pytest.mark.parametrize("error", [BuilderError, CoverageError])
+def test_an_error_of_the_conversions_own_stays_what_it_is(error) -> None:
+    def convert(keys, _):
+        raise error("not so")
+
+    with pytest.raises(error, match="not so"):
+        trace(convert, checkpoint({"a": torch.randn(4, 6)}), None)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Replicate, Shard, zeros
 
 import loader
+from loader.convert import olmo_core
 from loader.errors import CoverageError
 from loader.memory import PeakMemory
+from loader.place.transformers_builder import config_of
 from tests.checkpoints import same_bits
 from tests.proxy import CountingProxy
 from tests.ranks import run_ranks
-from tests.shards import blank, shard, write_file
+from tests.shards import blank, differences, shard, write_file
 
 WORLD = 4
 MIB = 1 << 20
@@ -83,56 +86,49 @@ def bucket(s3, tmp_path_factory):
         yield s3.put(directory), proxy, s3.at(proxy.url).storage_options, directory
 
 
-def load_all(uri: str, options: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
+def every(keys: Mapping[str, Tensor], config: Any) -> Iterator[tuple[str, Tensor]]:
+    for convert, _ in CONVERSIONS.values():
+        yield from convert(keys, config)
+
+
+def load_all(uri: str, options: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
-    for name, (convert, keys) in CONVERSIONS.items():
-        expected = dict(convert(whole(), None))
-        ignore = [key for key in whole() if key not in keys]
-        for layout, (sizes, placements) in LAYOUTS.items():
-            mesh = init_device_mesh("cpu", sizes)
-            state = {}
-            for fqn, tensor in expected.items():
-                fitting = [p if not isinstance(p, Shard) or p.dim < tensor.ndim else Replicate() for p in placements]
-                state[fqn] = blank(shard(tensor, mesh, fitting))
-            report = loader.load(
-                state, uri, convert=convert, storage_options=options, ignore=ignore, range_size="64KiB"
-            )
-            wrong = [
-                fqn for fqn, tensor in expected.items()
-                if not same_bits(state[fqn].to_local(), shard(tensor, mesh, state[fqn].placements).to_local())
-            ]  # fmt: skip
-            found[name, layout] = wrong, report.needed_bytes, report.fetched_bytes
+    for layout, (sizes, placements) in LAYOUTS.items():
+        mesh = init_device_mesh("cpu", sizes)
+        expected = {
+            fqn: shard(tensor, mesh, [Shard(p.dim % tensor.ndim) if isinstance(p, Shard) else p for p in placements])
+            for fqn, tensor in every(whole(), None)
+        }
+        state = {fqn: blank(tensor) for fqn, tensor in expected.items()}
+        report = loader.load(state, uri, convert=every, storage_options=options, range_size="64KiB")
+        found[layout] = differences(state, expected), report.needed_bytes, report.fetched_bytes
     return found
 
 
 def test_every_conversion_lands_bit_for_bit_and_reads_each_byte_once(bucket) -> None:
     uri, _, options, _ = bucket
-    header = EARLY + 8 * 1024
+    used = sum(tensor.nbytes for tensor in whole().values())
     for found in run_ranks(WORLD, load_all, uri, options):
-        for (name, layout), (wrong, needed, fetched) in found.items():
-            _, keys = CONVERSIONS[name]
-            used = sum(whole()[key].nbytes for key in keys)
-            assert not wrong, (name, layout, wrong)
-            assert needed == used, (name, layout)
-            assert needed <= fetched <= needed + header, (name, layout)
+        for layout, (wrong, needed, fetched) in found.items():
+            assert not wrong, (layout, wrong)
+            assert needed == used, layout
+            assert needed <= fetched <= needed + EARLY + 8 * 1024, layout
 
 
-def load_alone(uri: str, options: Mapping[str, Any], name: str) -> list[int]:
+def load_alone(uri: str, options: Mapping[str, Any]) -> list[int]:
     """Each rank reads for itself: bytes by rank."""
-    convert, keys = CONVERSIONS[name]
     mesh = init_device_mesh("cpu", (WORLD,))
-    state = {fqn: blank(shard(tensor, mesh, [Shard(0)])) for fqn, tensor in convert(whole(), None)}
-    ignore = [key for key in whole() if key not in keys]
-    report = loader.load(state, uri, convert=convert, storage_options=options, ignore=ignore, share="none")
+    state = {fqn: blank(shard(tensor, mesh, [Shard(0)])) for fqn, tensor in merged(whole(), None)}
+    ignore = [key for key in whole() if key not in ("a", "b")]
+    report = loader.load(state, uri, convert=merged, storage_options=options, ignore=ignore, share="none")
     return [rank.fetched_bytes for rank in report.ranks]
 
 
-@pytest.mark.parametrize("name", ["rotary", "stacked", "merged"])
-def test_a_slice_is_read_through_a_conversion_and_not_the_key(bucket, name) -> None:
+def test_of_keys_that_are_combined_a_slice_is_read(bucket) -> None:
     uri, proxy, options, _ = bucket
     proxy.reset()
-    needed = sum(whole()[key].nbytes for key in CONVERSIONS[name][1])
-    fetched = run_ranks(WORLD, load_alone, uri, options, name)[0]
+    needed = whole()["a"].nbytes + whole()["b"].nbytes
+    fetched = run_ranks(WORLD, load_alone, uri, options)[0]
     assert fetched[1:] == [needed // WORLD] * (WORLD - 1)
     assert proxy.bytes_served(FILE) == sum(fetched)
 
@@ -163,29 +159,61 @@ def test_what_an_op_waits_for_stays_within_the_budget(tmp_path: Path) -> None:
         assert peak <= 16 * MIB
 
 
-def load_stack(directory: str) -> tuple[int | None, bool]:
-    """Experts stacked and transposed into one parameter of four times the budget, half of it here."""
-    mesh = init_device_mesh("cpu", (2,))
-    state = {"w": blank(shard(torch.zeros(16, 1024, 1024), mesh, [Shard(2)]))}
-    report = loader.load(
-        state,
-        directory,
-        convert=lambda keys, _: {"w": torch.stack([keys[f"experts.{e}"] for e in range(16)]).transpose(1, 2)},
-        memory_budget="16MiB",
-        range_size="1MiB",
+SPARSE, WIDTH, STACK = 16, 1024, 64 * MIB
+"""Experts, each [WIDTH, WIDTH] in float32, and what they come to stacked: four times the budget."""
+
+
+def sparse_keys() -> dict[str, Tensor]:
+    """A qwen3_moe of one layer. Expert e's element [i, j] is (e * WIDTH + i) * WIDTH + j, which float32 has exactly."""
+    layer = "model.layers.0."
+    keys = {f"{layer}self_attn.{x}_proj.weight": torch.zeros(WIDTH if x == "q" else WIDTH // 2, WIDTH) for x in "qkv"}
+    keys |= {f"{layer}self_attn.{x}_norm.weight": torch.ones(512) for x in "qk"}
+    keys |= {f"{layer}{x}_layernorm.weight": torch.ones(WIDTH) for x in ("input", "post_attention")}
+    keys |= {
+        f"{layer}self_attn.o_proj.weight": torch.zeros(WIDTH, WIDTH),
+        f"{layer}mlp.gate.weight": torch.zeros(16, WIDTH),
+    }
+    experts = torch.arange(SPARSE * WIDTH**2, dtype=torch.float32).view(SPARSE, WIDTH, WIDTH)
+    for x in ("gate", "up", "down"):
+        keys |= {f"{layer}mlp.experts.{e}.{x}_proj.weight": experts[e] for e in range(SPARSE)}
+    return (
+        keys
+        | {f"{x}.weight": torch.ones(8, WIDTH) for x in ("model.embed_tokens", "lm_head")}
+        | {"model.norm.weight": torch.ones(WIDTH)}
     )
-    expected = torch.arange(16 * 1024, dtype=torch.float32).view(16, 1, 1024).expand(16, 1024, 1024)
-    return report.memory.peak_over_shards_bytes, torch.equal(state["w"].full_tensor(), expected)
 
 
-def test_a_stacked_parameter_of_many_budgets_stays_within_it(tmp_path: Path) -> None:
-    rows = torch.arange(16 * 1024, dtype=torch.float32).view(16, 1024, 1)
-    write_file(tmp_path / FILE, {f"experts.{e}": rows[e].expand(1024, 1024) for e in range(16)})
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    for peak, right in run_ranks(2, load_stack, str(tmp_path)):
-        assert right
+SPARSE_CONFIG = {
+    "model_type": "qwen3_moe", "num_hidden_layers": 1, "num_experts": SPARSE, "hidden_size": WIDTH, "head_dim": 512,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def load_experts(directory: str, shapes: Mapping[str, Sequence[int]]) -> tuple[int | None, list[str]]:
+    """OLMo-core's experts: turned, one below the other, here cut in both dims."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    state = {fqn: zeros(*shape, device_mesh=mesh, placements=[Shard(0)] * 2) for fqn, shape in shapes.items()}
+    stacked = [fqn for fqn in shapes if ".experts." in fqn]
+    for fqn in stacked:
+        state[fqn] = zeros(*shapes[fqn], device_mesh=mesh, placements=[Shard(0), Shard(1)])
+    report = loader.load(state, directory, convert="olmo_core", memory_budget="16MiB", range_size="1MiB")
+    row, column = (torch.arange(n // 2) + n // 2 * mesh.get_local_rank(d) for d, n in enumerate(shapes[stacked[0]]))
+    expected = (row[:, None] // WIDTH * WIDTH + column) * WIDTH + row[:, None] % WIDTH
+    wrong = [fqn for fqn in stacked if not torch.equal(state[fqn].to_local(), expected.float())]
+    return report.memory.peak_over_shards_bytes, wrong
+
+
+def test_stacked_experts_of_many_budgets_stay_within_it(tmp_path: Path) -> None:
+    keys = sparse_keys()
+    write_file(tmp_path / FILE, keys)
+    (tmp_path / "config.json").write_text(json.dumps(SPARSE_CONFIG))
+    made = olmo_core.convert({key: t.to("meta") for key, t in keys.items()}, config_of(SPARSE_CONFIG))
+    shapes = {fqn: tuple(tensor.shape) for fqn, tensor in made}
+    assert [math.prod(shape) * 4 for fqn, shape in shapes.items() if ".experts." in fqn] == [STACK] * 3
+    for peak, wrong in run_ranks(WORLD, load_experts, str(tmp_path), shapes):
+        assert wrong == []
         assert peak is not None
-        assert peak <= 16 * MIB
+        assert peak <= 16 * MIB < STACK / 3
 
 
 def test_nothing_is_written_where_a_key_is_left_over(bucket) -> None:

@@ -1,6 +1,8 @@
 """What transformers declares for a model, applied to the whole checkpoint: held to its unsharded `from_pretrained`."""
 
 import json
+import math
+from functools import partial
 
 import pytest
 import torch
@@ -15,9 +17,12 @@ from loader.errors import ConversionError, CoverageError
 from loader.exchange.control import Control
 from loader.place.materialise import materialise
 from loader.place.mesh import make_mesh
+from loader.place.targets import tensors_of_module
 from loader.place.transformers_builder import build, config_of
 from loader.run import run
 from tests.checkpoints import same_bits
+from tests.grid import Family, write, wrong_shards
+from tests.grid import convert as grid_convert
 from tests.ranks import run_ranks
 
 SMALL = {
@@ -53,9 +58,12 @@ MODELS = {
 }  # fmt: skip
 CLASSES = {"bert": transformers.BertForMaskedLM, "llava": transformers.LlavaForConditionalGeneration}
 MESHES = {
-    "fsdp": {"dp_shard": 4},
-    "hsdp": {"dp_replicate": 2, "dp_shard": 2},
-    "tp": {"tp": 2, "dp_shard": 2},
+    "1 rank": {"dp_shard": 1},
+    "FSDP 2": {"dp_shard": 2},
+    "TP 2": {"tp": 2},
+    "FSDP 4": {"dp_shard": 4},
+    "HSDP 2 x 2": {"dp_replicate": 2, "dp_shard": 2},
+    "FSDP 2 x TP 2": {"dp_shard": 2, "tp": 2},
 }
 
 
@@ -117,25 +125,55 @@ def test_one_process_loads_it_traced(checkpoints, name):
     assert differences(model.state_dict(), reference(checkpoints[name])) == []
 
 
-def load_sharded(checkpoints):
-    """In one rank: by model and mesh, what differs from `from_pretrained`."""
-    made = {name: make_mesh(dims, "cpu") for name, dims in MESHES.items()}
-    found = {}
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "hrm_text"])
+def test_the_model_says_what_from_pretrained_says(checkpoints, name):
+    model = empty_model(checkpoints[name]).eval()
+    loader.load(model, str(checkpoints[name]), convert="transformers")
+    tokens = torch.randint(1, 104, (2, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model_class(fields(checkpoints[name])).from_pretrained(checkpoints[name]).eval()(tokens).logits
+        assert torch.equal(model(tokens).logits, expected)
+
+
+@pytest.fixture(scope="module")
+def grid(checkpoints, tmp_path_factory):
+    """Every model as one checkpoint, beside what `from_pretrained` loads, but for what the model makes itself."""
+    families = {}
     for name, directory in checkpoints.items():
-        expected = reference(directory)
-        for layout, mesh in made.items():
-            if layout == "tp" and name in CLASSES:  # without a TP plan of their own
-                continue
-            model = empty_model(directory, mesh)
-            loader.load(model, str(directory), convert="transformers")
-            found[name, layout] = differences(model.state_dict(), expected)
+        tensors, config, expected = keys_of(directory), fields(directory), reference(directory)
+        made = [fqn for fqn, _ in convert(tensors, config_of(config))]
+        families[name] = Family(tensors, config, "transformers", {fqn: expected[fqn] for fqn in made})
+    directory = tmp_path_factory.mktemp("grid") / "all"
+    write(directory, families)
+    return directory
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_every_rank_has_its_shards_of_the_conversion(grid, world_size):
+    assert wrong_shards(grid, world_size) == []
+
+
+def load_models(directory, checkpoints, references):
+    """In one rank: transformers' own plans for every model; what differs from `from_pretrained`, by layout."""
+    found = []
+    for layout, dims in MESHES.items():
+        if math.prod(dims.values()) == torch.distributed.get_world_size():
+            mesh = make_mesh(dims, "cpu")
+            named = [name for name in checkpoints if "tp" not in dims or name not in CLASSES]  # these have no TP plan
+            models = {name: empty_model(checkpoints[name], mesh) for name in named}
+            state = {f"{name}: {fqn}": t for name, model in models.items() for fqn, t in tensors_of_module(model)}
+            left_out = [f"{name}: *" for name in checkpoints if name not in named]
+            loader.load(state, str(directory), convert=partial(grid_convert, only=named), ignore=left_out)
+            for name, model in models.items():
+                found += [f"{layout}, {name}: {fqn}" for fqn in differences(model.state_dict(), references[name])]
     return found
 
 
-def test_four_ranks_hold_its_shards(checkpoints):
-    for found in run_ranks(4, load_sharded, checkpoints, timeout=110):
-        assert len(found) == len(checkpoints) * len(MESHES) - len(CLASSES)
-        assert {case: names for case, names in found.items() if names} == {}
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_models_sharded_by_their_own_plans_hold_it(grid, checkpoints, world_size):
+    references = {name: reference(directory) for name, directory in checkpoints.items()}
+    found = run_ranks(world_size, load_models, grid, checkpoints, references, timeout=110)
+    assert found == [[]] * world_size
 
 
 def run_command(directory):
@@ -146,7 +184,8 @@ def run_command(directory):
     global EXPECTED  # noqa: PLW0603 - the entrypoint is called with nothing of ours
     EXPECTED = reference(directory)
     with Control.of_group() as control:
-        return run(config, control, torch.device("cpu"))
+        hand_on = run(config, control, torch.device("cpu"))
+    return hand_on()
 
 
 def check_loaded(model, mesh, report):
@@ -200,8 +239,8 @@ def with_a_wide_expert(tensors):
     [
         (lambda t: t.pop(EXPERT), ConversionError, r"layers.1.*gate_up_proj: .*MergeModulelist and Concatenate failed"),
         (lambda t: t.pop(EXPERT), ConversionError, "3 keys as .*experts.0.gate_proj.weight without number 2"),
-        (without_last_expert, ConversionError, r"layers.1.*gate_up_proj: .*shape is \[4, 32, 32\], .*\[3, 32, 32\]"),
-        (with_a_wide_expert, ConversionError, r"layers.1.*gate_up_proj: .* \[4, 32, 32\], .*\[4, 34, 32\] from 4"),
+        (without_last_expert, CoverageError, r"layers.1.*gate_up_proj: .*shape is \[4, 32, 32\], .*\[3, 32, 32\]"),
+        (with_a_wide_expert, CoverageError, r"layers.1.*gate_up_proj: .* \[4, 32, 32\], .*\[4, 34, 32\] from 4"),
         (lambda t: t.pop("lm_head.weight"), CoverageError, "lm_head.weight .* has no source"),
         (lambda t: t.update({"model.layers.2.mlp.gate.weight": torch.zeros(4)}), CoverageError, "layers.2.mlp.gate"),
     ],

@@ -10,11 +10,13 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
 
-from loader.errors import CatalogError, ConfigError, CoverageError
-from loader.trainers.olmo_core import load_hf_model
+from loader.errors import ConfigError, CoverageError
+from loader.trainers.olmo_core import load_hf_model, uri_of
 from tests.checkpoints import same_bits
 from tests.olmo_core_models import hf_model, olmo_core_model, save
 from tests.ranks import run_ranks
@@ -80,11 +82,49 @@ def test_hsdp_shards_from_a_bucket(checkpoint, s3, monkeypatch, tmp_path):
     assert run_ranks(4, _load_sharded, s3.put(checkpoint), tmp_path / "expected.safetensors", 101) == [[]] * 4
 
 
-def test_a_name_on_the_hub():
-    with pytest.raises(CatalogError, match="Hub are not read yet"):
-        load_hf_model("Qwen/Qwen3-0.6B", {})
-    with pytest.raises(ConfigError, match="Hub are not read yet"):
-        load_hf_model("hf://Qwen/Qwen3-0.6B", {})
+def _load_wrapped(directory: Path, rows: int) -> list[str]:
+    """OLMo-core's model as its train module has it: under FSDP2, its state dict by torch's own function."""
+    from olmo_core.nn.hf.checkpoint import load_hf_model as theirs
+
+    states = []
+    for function in (load_hf_model, theirs):
+        wrapped = model(rows)
+        for block in wrapped.blocks.values():
+            fully_shard(block)
+        fully_shard(wrapped)
+        options = StateDictOptions(flatten_optimizer_state_dict=True, cpu_offload=False)
+        state = get_model_state_dict(wrapped, options=options)
+        function(directory, state, num_embeddings=rows)
+        wrapped.load_state_dict(state)
+        states.append({fqn: tensor.full_tensor() for fqn, tensor in wrapped.state_dict().items()})
+    ours, expected = states
+    vocabulary = ("embeddings.weight", "lm_head.w_out.weight")
+    known = {fqn: min(96, rows) if fqn in vocabulary else None for fqn in expected}
+    wrong = [fqn for fqn, count in known.items() if not same_bits(ours[fqn][:count], expected[fqn][:count])]
+    return wrong + [fqn for fqn in vocabulary if ours[fqn][96:].any()]
+
+
+@pytest.mark.parametrize("rows", [90, 101])
+def test_a_model_under_fsdp_has_what_olmo_cores_own_loads(checkpoint, rows):
+    assert run_ranks(2, _load_wrapped, checkpoint, rows, timeout=110) == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "uri"),
+    [
+        ("Qwen/Qwen3-0.6B", "main", "hf://Qwen/Qwen3-0.6B@main"),
+        ("Qwen/Qwen3-0.6B", "refs/pr/3", "hf://Qwen/Qwen3-0.6B@refs%2Fpr%2F3"),
+        ("hf://Qwen/Qwen3-0.6B", "v1", "hf://Qwen/Qwen3-0.6B@v1"),
+        ("hf://Qwen/Qwen3-0.6B@v2", "main", "hf://Qwen/Qwen3-0.6B@v2"),
+        ("here/model", "main", "here/model"),
+        ("s3://models/qwen", "main", "s3://models/qwen"),
+        ("/models/qwen", "v1", "/models/qwen"),
+    ],
+)
+def test_a_name_on_the_hub_is_its_uri(name, revision, uri, tmp_path, monkeypatch):
+    (tmp_path / "here/model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert uri_of(name, revision) == uri
 
 
 def test_a_state_dict_that_the_checkpoint_does_not_fill(checkpoint):

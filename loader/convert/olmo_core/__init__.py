@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from loader.convert.family import head_key, making
 from loader.convert.olmo_core.families import Family, family_of
 from loader.convert.olmo_core.layer import Layer, Table
-from loader.errors import ConversionError
 
 __all__ = ["convert", "convert_dropless"]
 
@@ -46,10 +46,8 @@ convert_dropless = partial(convert, dropless=True)
 
 def _outputs(prefix: str, table: Table, layer: Layer, family: Family) -> Iterator[tuple[str, Tensor]]:
     for name, source in table.items():
-        try:
+        with making(prefix + name):
             tensor = layer[source] if isinstance(source, str) else source()
-        except ConversionError as error:
-            raise ConversionError(f"{prefix}{name}: {error.message}") from error
         yield prefix + name, tensor + 1.0 if family.norms_less_one and name.endswith("norm.weight") else tensor
 
 
@@ -62,11 +60,12 @@ def _root(checkpoint: Mapping[str, Tensor]) -> str:
 def _ends(root: str, whole: Layer) -> Table:
     """Before the first block and after the last."""
     head = "language_model.lm_head.weight" if root.startswith("language_model.") else "lm_head.weight"
-    tied = head not in whole and whole.has("tie_word_embeddings")
     table: Table = {
         "embeddings.weight": f"{root}embed_tokens.weight",
         "lm_head.norm.weight": f"{root}norm.weight",
-        "lm_head.w_out.weight": f"{root}embed_tokens.weight" if tied else head,
+        "lm_head.w_out.weight": lambda: whole[
+            head_key(whole.checkpoint, whole.config, head, f"{root}embed_tokens.weight")
+        ],
     }
     if whole.has("embed_norm"):
         table["embedding_norm.weight"] = f"{root}embed_norm.weight"

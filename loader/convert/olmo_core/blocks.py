@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loader.convert.family import check_heads
 from loader.convert.olmo_core.layer import Layer, Table
 from loader.errors import ConversionError
 
@@ -53,12 +54,8 @@ def _projection(layer: Layer, key: str) -> Tensor:
     """The weight, if its side of the heads is as long as the config says."""
     weight = layer[f"self_attn.{key}.weight"]
     count = "num_key_value_heads" if key in ("k_proj", "v_proj") else "num_attention_heads"
-    heads, size, dim = getattr(layer.config, count), _head_size(layer.config), int(key == "o_proj")
-    if weight.shape[dim] != heads * size:
-        raise ConversionError(
-            f"key {layer.prefix}self_attn.{key}.weight is {list(weight.shape)}, but {count} {heads}, of {size} each, "
-            f"make its dim {dim} {heads * size} long: is it the checkpoint of this config?"
-        )
+    name, heads = f"{layer.prefix}self_attn.{key}.weight", getattr(layer.config, count)
+    check_heads(name, weight, int(key == "o_proj"), count=count, heads=heads, size=_head_size(layer.config))
     return weight
 
 

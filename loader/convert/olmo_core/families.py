@@ -6,10 +6,10 @@ makes the tensor.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from loader.convert.family import unknown
 from loader.convert.olmo_core.blocks import (
     PERI_NORMS,
     PRE_NORMS,
@@ -22,7 +22,6 @@ from loader.convert.olmo_core.blocks import (
 )
 from loader.convert.olmo_core.layer import Layer, Table
 from loader.convert.olmo_core.olmo3moe import olmo3moe
-from loader.errors import ConversionError
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +55,5 @@ FAMILIES = {
 
 def family_of(model_type: str) -> Family:
     if model_type not in FAMILIES:
-        near = difflib.get_close_matches(model_type, FAMILIES, n=1)
-        hint = f"; the nearest is {near[0]}" if near else ""
-        raise ConversionError(
-            f"convert: olmo_core knows no model type {model_type!r}, only {', '.join(FAMILIES)}{hint}. "
-            'Write a function for it and name that: convert: "package.module:function"'
-        )
+        raise unknown("olmo_core", model_type, FAMILIES)
     return FAMILIES[model_type]

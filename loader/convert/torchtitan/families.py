@@ -1,19 +1,19 @@
-"""From Hugging Face's layout to torchtitan's: what its models and its checkpoints hold, for each model type.
+"""The model types that `convert: torchtitan` knows. A new one is one entry of `FAMILIES`.
 
-A family is a table from torchtitan's names within a layer to the key they come from, or to a function that makes them.
+A family is a table for one layer: FQN (without "layers.3.") to key (without "model.layers.3."), or to a function that
+makes the tensor.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from loader.errors import ConversionError
+from loader.convert.family import check_heads, unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,60 +37,36 @@ class Layer:
 Table = Mapping[str, str | Callable[[Layer], Tensor]]
 
 
-def convert(checkpoint: Mapping[str, Tensor], hf_config: Any) -> Iterator[tuple[str, Tensor]]:
-    """The state dict of torchtitan's model of this type, in the checkpoint's dtypes; q, k and v apart.
+def _heads(name: str) -> Callable[[Layer], Tensor]:
+    """A projection to heads or, o_proj, from them: as it is, if it has as many as the config says."""
 
-    llama is torchtitan's llama3, its q and k rows reordered for complex rotary embeddings; qwen3, qwen3_moe, gpt_oss
-    (not quantised) and deepseek_v3 (with the checkpoint's MTP layers) are themselves, experts stacked. A tied lm_head
-    is there under both names. A load-balancing bias that the checkpoint lacks is zeros, as in a new model. Raises
-    ConversionError for another model type, a key that is missing, and heads that do not fit.
-    """
-    family = _family(hf_config.model_type)
-    yield "tok_embeddings.weight", checkpoint["model.embed_tokens.weight"]
-    for number in range(hf_config.num_hidden_layers):
-        yield from _layer(family, Layer(checkpoint, hf_config, number), f"layers.{number}.", {})
-    number = hf_config.num_hidden_layers
-    while "eh_proj.weight" in (layer := Layer(checkpoint, hf_config, number)):  # multi-token prediction, last
-        yield from _layer(family, layer, f"mtp_layers.{number - hf_config.num_hidden_layers}.", _MTP)
-        number += 1
-    yield "norm.weight", checkpoint["model.norm.weight"]
-    tied = hf_config.tie_word_embeddings and "lm_head.weight" not in checkpoint
-    yield "lm_head.weight", checkpoint["model.embed_tokens.weight" if tied else "lm_head.weight"]
+    def make(layer: Layer) -> Tensor:
+        count = "num_key_value_heads" if ".k_proj." in name or ".v_proj." in name else "num_attention_heads"
+        dim, heads = int(".o_proj." in name), getattr(layer.config, count)
+        check_heads(layer.key(name), layer[name], dim, count=count, heads=heads, size=head_dim(layer.config))
+        return layer[name]
 
-
-def convert_fused(checkpoint: Mapping[str, Tensor], hf_config: Any) -> Iterator[tuple[str, Tensor]]:
-    """As `convert`, with q, k and v as the one parameter `wqkv` of models built with torchtitan's `fuse_qkv`.
-
-    Its rows are, for each key-value head: the query heads that share it, then it, then its values.
-    """
-    waiting: list[Tensor] = []
-    for fqn, tensor in convert(checkpoint, hf_config):
-        if ".qkv_linear." not in fqn:
-            yield fqn, tensor
-            continue
-        waiting.append(tensor.view(hf_config.num_key_value_heads, -1, _head_dim(hf_config), *tensor.shape[1:]))
-        if len(waiting) == 3:
-            yield fqn.replace(".wv.", ".wqkv."), torch.cat(waiting, dim=1).flatten(0, 2)
-            waiting = []
-
-
-def _layer(family: Callable[[Layer], Table], layer: Layer, prefix: str, more: Table) -> Iterator[tuple[str, Tensor]]:
-    for fqn, source in {**family(layer), **more}.items():
-        yield prefix + fqn, layer[source] if isinstance(source, str) else source(layer)
+    return make
 
 
 def _rotary(name: str) -> Callable[[Layer], Tensor]:
     """Rows of each head from halves to pairs: HF rotates row i with i + head_dim / 2, torchtitan 2i with 2i + 1."""
 
     def make(layer: Layer) -> Tensor:
-        weight, head_dim = layer[name], _head_dim(layer.config)
-        heads = layer.config.num_attention_heads if ".q_proj." in name else layer.config.num_key_value_heads
-        if weight.shape[0] != heads * head_dim:
-            raise ConversionError(
-                f"{layer.key(name)} is {list(weight.shape)}; the config's {heads} heads of {head_dim} take "
-                f"{heads * head_dim} rows: is it the checkpoint of this config?"
-            )
-        return weight.view(heads, 2, head_dim // 2, -1).transpose(1, 2).reshape(weight.shape)
+        weight, size = _heads(name)(layer), head_dim(layer.config)
+        return weight.view(-1, 2, size // 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+
+    return make
+
+
+def _latent(name: str, *parts: str) -> Callable[[Layer], Tensor]:
+    """A projection of latent attention, of whose heads each is of the config's `parts` together."""
+
+    def make(layer: Layer) -> Tensor:
+        size, heads = sum(getattr(layer.config, part) for part in parts), layer.config.num_attention_heads
+        dim = int(".o_proj." in name)
+        check_heads(layer.key(name), layer[name], dim, count="num_attention_heads", heads=heads, size=size)
+        return layer[name]
 
     return make
 
@@ -119,7 +95,7 @@ def _transposed(name: str) -> Callable[[Layer], Tensor]:
     return lambda layer: layer[name].transpose(1, 2)
 
 
-def _head_dim(config: Any) -> int:
+def head_dim(config: Any) -> int:
     return getattr(config, "head_dim", None) or int(config.hidden_size // config.num_attention_heads)
 
 
@@ -128,10 +104,10 @@ _NORMS: Table = {
     "ffn_norm.weight": "post_attention_layernorm.weight",
 }
 _ATTENTION: Table = {
-    "attention.qkv_linear.wq.weight": "self_attn.q_proj.weight",
-    "attention.qkv_linear.wk.weight": "self_attn.k_proj.weight",
-    "attention.qkv_linear.wv.weight": "self_attn.v_proj.weight",
-    "attention.wo.weight": "self_attn.o_proj.weight",
+    "attention.qkv_linear.wq.weight": _heads("self_attn.q_proj.weight"),
+    "attention.qkv_linear.wk.weight": _heads("self_attn.k_proj.weight"),
+    "attention.qkv_linear.wv.weight": _heads("self_attn.v_proj.weight"),
+    "attention.wo.weight": _heads("self_attn.o_proj.weight"),
 }
 _ATTENTION_BIASES: Table = {
     "attention.qkv_linear.wq.bias": "self_attn.q_proj.bias",
@@ -150,13 +126,16 @@ _QK_NORMS: Table = {
 _LATENT_ATTENTION: Table = {
     "attention.wkv_a.weight": "self_attn.kv_a_proj_with_mqa.weight",
     "attention.kv_norm.weight": "self_attn.kv_a_layernorm.weight",
-    "attention.wkv_b.weight": "self_attn.kv_b_proj.weight",
-    "attention.wo.weight": "self_attn.o_proj.weight",
+    "attention.wkv_b.weight": _latent("self_attn.kv_b_proj.weight", "qk_nope_head_dim", "v_head_dim"),
+    "attention.wo.weight": _latent("self_attn.o_proj.weight", "v_head_dim"),
 }
 _LATENT_QUERY: Table = {
     "attention.wq_a.weight": "self_attn.q_a_proj.weight",
     "attention.q_norm.weight": "self_attn.q_a_layernorm.weight",
-    "attention.wq_b.weight": "self_attn.q_b_proj.weight",
+    "attention.wq_b.weight": _latent("self_attn.q_b_proj.weight", "qk_nope_head_dim", "qk_rope_head_dim"),
+}
+_WHOLE_QUERY: Table = {
+    "attention.wq.weight": _latent("self_attn.q_proj.weight", "qk_nope_head_dim", "qk_rope_head_dim"),
 }
 _DENSE: Table = {
     "feed_forward.w1.weight": "mlp.gate_proj.weight",
@@ -187,12 +166,13 @@ _GPT_OSS: Table = {
     "moe.routed_experts.inner_experts.mlp2_bias_ED": "mlp.experts.down_proj_bias",
 }
 """torchtitan 0.3.0's own adapter has other names for the experts than its model, which so keeps its random ones."""
-_MTP: Table = {
+MTP: Table = {
     "enorm.weight": "enorm.weight",
     "hnorm.weight": "hnorm.weight",
     "eh_proj.weight": "eh_proj.weight",
     "mtp_norm.weight": "shared_head.norm.weight",
 }
+"""What a layer of multi-token prediction has besides."""
 
 
 def _llama(_: Layer) -> Table:
@@ -204,7 +184,7 @@ def _qwen3(layer: Layer) -> Table:
 
 
 def _deepseek_v3(layer: Layer) -> Table:
-    query = _LATENT_QUERY if layer.config.q_lora_rank else {"attention.wq.weight": "self_attn.q_proj.weight"}
+    query = _LATENT_QUERY if layer.config.q_lora_rank else _WHOLE_QUERY
     sparse = layer.number >= layer.config.first_k_dense_replace
     return {**_NORMS, **_LATENT_ATTENTION, **query, **({**_EXPERTS, **_SHARED_EXPERTS} if sparse else _DENSE)}
 
@@ -222,12 +202,7 @@ FAMILIES: Mapping[str, Callable[[Layer], Table]] = {
 }
 
 
-def _family(model_type: str) -> Callable[[Layer], Table]:
-    if model_type in FAMILIES:
-        return FAMILIES[model_type]
-    near = difflib.get_close_matches(model_type, FAMILIES, n=1)
-    hint = f" (the nearest is {near[0]})" if near else ""
-    raise ConversionError(
-        f"convert: torchtitan knows {', '.join(FAMILIES)}, not model_type {model_type!r}{hint}: "
-        'write convert: "package.module:function" for it'
-    )
+def family_of(model_type: str) -> Callable[[Layer], Table]:
+    if model_type not in FAMILIES:
+        raise unknown("torchtitan", model_type, FAMILIES)
+    return FAMILIES[model_type]
