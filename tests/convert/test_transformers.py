@@ -146,7 +146,7 @@ def run_command(directory):
     global EXPECTED  # noqa: PLW0603 - the entrypoint is called with nothing of ours
     EXPECTED = reference(directory)
     with Control.of_group() as control:
-        return run(config, control, torch.device("cpu"))
+        return run(config, control, torch.device("cpu"))()
 
 
 def check_loaded(model, mesh, report):
