@@ -209,7 +209,7 @@ def load_states(checkpoints: Path, world_size: int) -> dict[str, list[str]]:
             for layout, (_, placements) in layouts.items():
                 sharded = {fqn: shard(tensor, meshes[layout], fit(tensor, placements)) for fqn, tensor in whole.items()}
                 state = {fqn: blank(tensor) for fqn, tensor in sharded.items()}
-                loader.load(state, str(checkpoints / name / "quantised"), convert=convert, memory_budget="8MiB")
+                loader.load(state, str(checkpoints / name / "quantised"), convert=convert, memory_budget="16MiB")
                 found[f"{name}, {convert}, {layout}"] = differences(state, sharded)
     return found
 
@@ -291,7 +291,7 @@ def load_large(uri: str, options: Any, placement: Any, share: str) -> tuple[bool
     mesh = init_device_mesh("cpu", (4,))
     meant = product(large()["w"], large()["w_scale_inv"], BLOCK).to(torch.bfloat16)
     state = {"w": blank(shard(meant, mesh, [placement]))}
-    report = loader.load(state, uri, storage_options=options, share=share, range_size="64KiB", memory_budget="8MiB")
+    report = loader.load(state, uri, storage_options=options, share=share, range_size="64KiB", memory_budget="64MiB")
     return differences(state, {"w": shard(meant, mesh, [placement])}) == [], report
 
 
