@@ -10,8 +10,13 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from loader.config import Config
+from loader.convert.fit import Wishes
+from loader.convert.graph import Node, keys_of
 from loader.convert.lazy import Convert
+from loader.convert.vocabulary import Vocabulary
+from loader.errors import ConfigError
 from loader.job import Job, conversion_of
+from loader.place.dtypes import DtypeRule, cast_by_rules, dtype_by_rule
 from loader.place.materialise import materialise
 from loader.place.state_dict import empty_state_dict
 from loader.place.targets import clean_fqn
@@ -62,12 +67,20 @@ def needless_keys(config: Config, job: Job, model: Model) -> list[str]:
     return [name for name in job.keys if name not in own and any(each.search(name) for each in patterns)]
 
 
+def wishes_of(config: Config, job: Job, model: Model) -> Wishes:
+    """In what the model may differ from the checkpoint, and which tensors are its vocabulary's, if it knows."""
+    allowed = config.model.vocabulary
+    fqns = None
+    if config.model.builder == "transformers":
+        from loader.place.transformers_builder import vocabulary
+
+        assert isinstance(model, nn.Module)
+        fqns = vocabulary(model)
+    return Wishes(Vocabulary(allowed.pad, allowed.cut, fqns, job.vocab_size()), config.model.initialise)
+
+
 def _state_dict(config: Config, job: Job, mesh: DeviceMesh, device: torch.device) -> Model:
-    cast = config.model.dtype
-    tensors = {
-        fqn: (node.shape, cast if cast and node.dtype.is_floating_point else node.dtype)
-        for fqn, node in job.outputs.items()
-    }
+    tensors = {fqn: (node.shape, _dtype_of(fqn, node, config, job)) for fqn, node in job.outputs.items()}
     known = set(mesh.mesh_dim_names or ())
     rules = [
         (rule.match, {dim: at for dim, at in rule.shard.items() if dim in known})  # a dim of size 1 may be left out
@@ -76,17 +89,33 @@ def _state_dict(config: Config, job: Job, mesh: DeviceMesh, device: torch.device
     return empty_state_dict(tensors, mesh, rules, device)
 
 
+def _dtype_of(fqn: str, node: Node, config: Config, job: Job) -> torch.dtype:
+    cast = dtype_by_rule(fqn, _rules(config)) or config.model.dtype
+    stays = not node.dtype.is_floating_point or not job.kept_quantised.isdisjoint(keys_of(node))
+    return job.dtype_of(node) if cast is None or stays else cast
+
+
 def _transformers(config: Config, job: Job, mesh: DeviceMesh) -> nn.Module:
     from loader.place.transformers_builder import build  # takes seconds to import, and only this builder needs it
 
+    if job.kept_quantised:
+        raise ConfigError(
+            "model.dequantize: false keeps the checkpoint's quantised weights, and the transformers builder makes the "
+            'model without quantisation: set model.builder to null or to a "package.module:function" of yours'
+        )
     hf_config = job.hf_config()
     dtype = config.model.dtype
     if dtype is None and not hf_config.dtype:
-        floating = (entry.dtype for entry in job.source.catalog.entries.values() if entry.dtype.is_floating_point)
-        dtype = next(floating, None)
-    return build(hf_config, mesh, dtype)
+        dtype = next((job.dtype_of(node) for node in job.keys.values() if node.dtype.is_floating_point), None)
+    return build(hf_config, mesh, dtype, _rules(config))
 
 
 def _users(builder: str, config: Config, job: Job, mesh: DeviceMesh) -> nn.Module:
     model = call_builder(resolve(builder), job.hf_config(), mesh)
-    return model.to(config.model.dtype) if config.model.dtype else model
+    model = model.to(config.model.dtype) if config.model.dtype else model
+    cast_by_rules(model, _rules(config))
+    return model
+
+
+def _rules(config: Config) -> list[DtypeRule]:
+    return [(rule.match, rule.dtype) for rule in config.model.dtype_rules]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
-from loader.build import build_on_meta, needless_keys, own_conversion
+from loader.build import build_on_meta, needless_keys, own_conversion, wishes_of
 from loader.config import Config, resolve_mesh
-from loader.convert.graph import Node, keys_of
+from loader.convert.conversion import Outputs
+from loader.convert.graph import Node, keys_of, partners
 from loader.errors import ConfigError
 from loader.exchange.control import Control
 from loader.exchange.group import fake_group
@@ -52,15 +54,17 @@ def dry_run(config: Config, control: Control, world: World) -> None:
             resolve(config.output.entrypoint)
     job = Job(config.source.pinned_uri, config.source.storage_options, config.read, control)
     job.store.close()
-    job.trace(convert, config.source.ignore, config.source.strip_prefix)
-    with control.phase("budget"):
-        terms = Terms.of(job.outputs, config.read.memory_budget, config.read.range_size, job.reserved_bytes)
-        foresight = Foresight(job.outputs, job.source.catalog.entries, terms.portion)
+    job.trace(convert, config.source.ignore, config.source.strip_prefix, dequantize=config.model.dequantize)
     with control.phase("build"):
         builds = list(_builds(config, job, dims, world.size))
+    with control.phase("budget"):
+        together = partners(node for _, built in builds for node in built.outputs.values())
+        budget = (config.read.memory_budget, config.read.range_size, job.reserved_bytes)
+        terms = Terms.of(together, *budget, waits=bool(together))
+    foresight = Foresight(job.source.catalog.entries)
     with control.phase("plan"):
         for ranks, built in builds:
-            foresight.add(built.everywhere, ranks, set(keys_of(*built.wanted)))
+            foresight.add(built.everywhere, built.outputs, ranks, set(keys_of(*built.wanted)))
         outlook = look_ahead(foresight, job.source.catalog, terms, world.host, config.read.share)
     with control.phase("report"):
         report = _report(job, dims, world, foresight, outlook, tensors=len(builds[0][1].wanted))
@@ -70,9 +74,10 @@ def dry_run(config: Config, control: Control, world: World) -> None:
 
 
 class _Built(NamedTuple):
-    """What a model is on every rank, and the keys that must be used."""
+    """What a model is on every rank but for what is new in it, what it is made of, and the keys that must be used."""
 
     everywhere: Everywhere
+    outputs: Outputs
     wanted: list[Node]
 
 
@@ -102,7 +107,11 @@ def _builds(config: Config, job: Job, dims: Mapping[str, int], size: int) -> Ite
 def _build(config: Config, job: Job, dims: Mapping[str, int], rank: int, size: int) -> _Built:
     with fake_group(rank, size):
         model = build_on_meta(config, job, make_mesh(dims, "cpu"))
-        return _Built(Everywhere.of(model, size), job.wanted(needless_keys(config, job, model)))
+        everywhere = Everywhere.of(model, size)
+        fitted = job.fit({part.names: part.shape for part in everywhere.parts}, wishes_of(config, job, model))
+        parts = tuple(part for part in everywhere.parts if part.names[0] not in fitted.new)
+        wanted = job.wanted(needless_keys(config, job, model))
+        return _Built(replace(everywhere, parts=parts), fitted.outputs, wanted)
 
 
 def _report(

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import difflib
-import os
 import socket
 import time
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from loader import report as reports
 from loader.config import Read
 from loader.convert.conversion import apply, needless_keys, visible_keys
+from loader.convert.fit import Fitted, Wishes, fit
 from loader.convert.graph import Node, keys_of
 from loader.convert.lazy import Convert
 from loader.convert.named import NAMED, named
+from loader.convert.quantised import dequantise, dtype_of, is_packed, quantisation, quantised_keys, unquantised
+from loader.convert.vocabulary import Vocabulary
 from loader.errors import CatalogError, ConfigError
 from loader.exchange.control import Control
+from loader.exchange.node import node_name
 from loader.memory import PeakMemory, anonymous_bytes
+from loader.place.initialise import initialiser
 from loader.place.targets import Target, targets_of
 from loader.place.user_code import resolve
 from loader.store.base import Access
@@ -29,7 +33,7 @@ from loader.store.schemes import client_bytes, import_scheme
 from loader.store.source import Source, read_source
 from loader.store.store import Store
 from loader.stream.load import Loaded, fill
-from loader.stream.planning import pack, unpack
+from loader.stream.planning import on_any_rank, pack, unpack
 
 KEY_BYTES = 1600
 """What a key takes in the catalog: 7.6 MiB for 5,000 of a Llama's, with what parsing them leaves behind."""
@@ -54,13 +58,38 @@ class Job:
         self.catalog_seconds = time.monotonic() - self.begun
         self._held_bytes = max(0, anonymous_bytes() - before)
 
-    def trace(self, convert: Convert | None, ignore: Sequence[str], strip_prefix: str) -> None:
-        """Decide which keys count, under which names, and trace the conversion: `keys`, `outputs` and `needless`."""
+    def trace(
+        self,
+        convert: Convert | None,
+        ignore: Sequence[str],
+        strip_prefix: str,
+        *,
+        dequantize: bool = True,
+        held: Mapping[str, torch.dtype] | None = None,
+    ) -> None:
+        """Decide which keys count, under which names and as what, and trace the conversion: `keys`, `outputs`,
+        and `needless`, which it declares to be.
+
+        Nothing is dequantised where some rank's target, of dtypes `held` by FQN, holds a packed key as it is stored.
+        """
         with self.control.phase("trace"):
             self.keys = visible_keys(self.source.catalog, ignore, strip_prefix)
+            self._see_quantised(dequantize, held or {})
             hf_config = self.hf_config() if convert else None
             self.outputs = apply(convert, self.keys, hf_config)
             self.needless = needless_keys(convert, self.keys, hf_config)
+
+    def _see_quantised(self, dequantize: bool, held: Mapping[str, torch.dtype]) -> None:
+        self.kept_quantised: set[int] = set()
+        self._dequantizes = False
+        if quantised := quantisation(self.source.hf_config):
+            packed = {name: node.dtype for name, node in self.keys.items() if is_packed(node.dtype)}
+            keeps = not packed.items().isdisjoint(held.items())
+            self._dequantizes = dequantize and not on_any_rank(self.control, "keeps quantised", keeps)
+            if self._dequantizes:
+                self.keys = dequantise(self.keys, quantised)
+            else:
+                self.kept_quantised = quantised_keys(self.keys)
 
     def wanted(self, needless: Collection[str]) -> list[Node]:
         """The visible keys that must be used: all but `needless`, and what the conversion itself declares to be so."""
@@ -76,24 +105,46 @@ class Job:
         self.memory.start(self._held_bytes)
 
     def load(
-        self, target: nn.Module | Mapping[str, Tensor], *, mesh: Mapping[str, int], needless: Collection[str] = ()
+        self,
+        target: nn.Module | Mapping[str, Tensor],
+        *,
+        mesh: Mapping[str, int],
+        needless: Collection[str] = (),
+        wishes: Wishes | None = None,
     ) -> reports.Report:
-        """Fill `target`, and report on it, on every rank. `needless` are visible keys that need no target."""
+        """Fill `target`, and report on it, on every rank. `needless` are visible keys that need no target; `wishes`
+        say in what a target, which is a module, may differ from the checkpoint."""
         try:
-            return self._load(target, mesh, needless)
+            return self._load(target, mesh, needless, wishes)
         finally:
             self.memory.stop()
             self.store.close()
 
     def _load(
-        self, target: nn.Module | Mapping[str, Tensor], mesh: Mapping[str, int], needless: Collection[str]
+        self,
+        target: nn.Module | Mapping[str, Tensor],
+        mesh: Mapping[str, int],
+        needless: Collection[str],
+        wishes: Wishes | None,
     ) -> reports.Report:
         with self.control.phase("place"):
             targets = targets_of(target)
             self.watch_memory()
+            fitted = self.fit({each.names: each.shape for each in targets}, wishes)
+            self.outputs = fitted.outputs
+            new = [each for each in targets if each.fqn in fitted.new]
+            first_values = [initialiser(target, each) for each in new] if isinstance(target, nn.Module) else []
+            targets = [each for each in targets if each.fqn not in fitted.new]
         wanted = self.wanted(needless)
         loaded = self.fill(targets, set(keys_of(*wanted)), self.control, show=True)
+        with self.control.phase("initialise"):
+            for initialise_one in first_values:
+                initialise_one()
         return self._report(loaded, mesh, len(wanted))
+
+    def fit(self, tensors: Mapping[tuple[str, ...], tuple[int, ...]], wishes: Wishes | None) -> Fitted:
+        """The outputs, fitted to a model's tensors: by all the FQNs of each its shape."""
+        return fit(self.outputs, tensors, wishes or Wishes(Vocabulary(size=self.vocab_size())), self._declared_ties)
 
     def fill(self, targets: Sequence[Target], wanted: Collection[int], control: Control, *, show: bool) -> Loaded:
         """Fill `targets` alone, for the ranks of `control`; keys at the positions `wanted` must be used."""
@@ -116,7 +167,10 @@ class Job:
         )
 
     def hf_config(self) -> PreTrainedConfig:
-        """The checkpoint's config, as transformers reads it. Raises CatalogError where there is none."""
+        """The checkpoint's config, as transformers reads it; without its quantisation, where that is undone.
+
+        Raises CatalogError where there is none.
+        """
         from loader.place.transformers_builder import config_of  # takes seconds to import
 
         if self.source.hf_config is None:
@@ -124,7 +178,23 @@ class Job:
                 f"{self.store.uri}: no config.json, which a model and a conversion need: upload it beside the files, "
                 "or set model.builder and convert to null"
             )
-        return config_of(self.source.hf_config)
+        fields = self.source.hf_config
+        return config_of(unquantised(fields) if self._dequantizes else fields)
+
+    def _declared_ties(self) -> Mapping[str, str]:
+        from loader.convert.transformers import declared_ties  # takes seconds to import
+
+        return {} if self.source.hf_config is None else declared_ties(self.hf_config())
+
+    def vocab_size(self) -> int | None:
+        """The checkpoint's, as its config says."""
+        fields = self.source.hf_config or {}
+        found = fields.get("vocab_size") or (fields.get("text_config") or {}).get("vocab_size")
+        return found if isinstance(found, int) else None
+
+    def dtype_of(self, node: Node) -> torch.dtype:
+        """An output's own dtype; of what was dequantised the config's."""
+        return dtype_of(node, self.source.hf_config)
 
     def described(self) -> reports.Source:
         """The source, for the report."""
@@ -189,16 +259,3 @@ def conversion_of(convert: str | Convert | None) -> Convert | None:
     raise ConfigError(
         f'convert: {convert!r} should be one of {", ".join(NAMED)}, "package.module:function" or null{hint}'
     )
-
-
-def node_name() -> str:
-    """What ranks of one node have in common: torchrun's node, else the host name and the network namespace."""
-    group = os.environ.get("GROUP_RANK")
-    return f"node {group}" if group is not None else f"{socket.gethostname()} {_network()}"
-
-
-def _network() -> str:
-    try:
-        return str(Path("/proc/self/ns/net").readlink())
-    except OSError:
-        return ""

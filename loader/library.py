@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from loader.config import Read
-from loader.convert.conversion import Outputs
-from loader.convert.graph import Node, keys_of, size_of
+from loader.convert.graph import Node, keys_of
 from loader.convert.lazy import Convert
 from loader.exchange.control import Control
 from loader.job import Job, conversion_of
-from loader.place.targets import targets_of
+from loader.place.targets import targets_of, tensors_of_module
 from loader.report import Report
 from loader.stream.buffers import own_memory
 from loader.stream.demand import check_unused
@@ -39,6 +40,10 @@ def load(
     the YAML; None keeps HF names and layouts. `ignore` are globs over keys to leave out; `strip_prefix` is taken off
     keys that begin with it. `read` takes the YAML's keys and values: `share="node"`, `memory_budget="64MiB"`, …
 
+    A quantised checkpoint is dequantised, to each tensor's own dtype. Where a tensor of the target is to hold a packed
+    key as it is stored (it has the key's name, and its dtype: float8, uint8, int32, …), all keys are kept as they are
+    stored, scales too.
+
     Collective: every rank of the default process group calls it; without a group it is one process. Raises the same
     class from `loader.errors` on every rank, and leaves the group usable, unless a rank was lost.
     """
@@ -47,7 +52,7 @@ def load(
             conversion = conversion_of(convert)
             reading = Read(**read)
         job = Job(uri, dict(storage_options or {}), reading, control)
-        job.trace(conversion, ignore, strip_prefix)
+        job.trace(conversion, ignore, strip_prefix, held=_dtypes(target))
         return job.load(target, mesh=_mesh_of(target))
 
 
@@ -62,7 +67,8 @@ def iter_convert(
 ) -> Iterator[tuple[str, Tensor]]:
     """Convert a checkpoint in this process alone, yielding `(fqn, tensor)` in the conversion's order.
 
-    Tensors are whole, on the CPU, in the conversion's dtypes. Sources are read as they are needed and freed before the
+    Tensors are whole, on the CPU, in the conversion's dtypes; what was quantised is dequantised, to the config's dtype
+    (bfloat16 where that names none). Sources are read as they are needed and freed before the
     next are: beyond what was yielded and kept, memory is `memory_budget`, half of it for small tensors that are read
     together, or one larger tensor. Arguments and errors are those of `load`. `dict(loader.iter_convert(...))` is the
     whole conversion.
@@ -78,8 +84,8 @@ def iter_convert(
         with control.phase("coverage"):
             unused = frozenset(keys_of(*job.keys.values())) - frozenset(keys_of(*job.outputs.values()))
             check_unused([unused], job.source.catalog.entries)
-    for batch in _batches(job.outputs, budget):
-        tensors = {fqn: own_memory(size_of(node)).view(node.dtype).view(node.shape) for fqn, node in batch.items()}
+    for batch in _batches(job, budget):
+        tensors = {fqn: _empty(node, job.dtype_of(node)) for fqn, node in batch.items()}
         with Control(None, 0, 1) as control:
             job.fill(targets_of(tensors), (), control, show=False)
         while tensors:
@@ -88,18 +94,28 @@ def iter_convert(
     job.store.close()
 
 
-def _batches(outputs: Outputs, limit: int) -> Iterator[dict[str, Node]]:
+def _batches(job: Job, limit: int) -> Iterator[dict[str, Node]]:
     """Consecutive outputs of at most `limit` bytes together; a larger one alone."""
     batch: dict[str, Node] = {}
     size = 0
-    for fqn, node in outputs.items():
-        if batch and size + size_of(node) > limit:
+    for fqn, node in job.outputs.items():
+        needed = math.prod(node.shape) * job.dtype_of(node).itemsize
+        if batch and size + needed > limit:
             yield batch
             batch, size = {}, 0
         batch[fqn] = node
-        size += size_of(node)
+        size += needed
     if batch:
         yield batch
+
+
+def _empty(node: Node, dtype: torch.dtype) -> Tensor:
+    return own_memory(math.prod(node.shape) * dtype.itemsize).view(dtype).view(node.shape)
+
+
+def _dtypes(target: nn.Module | Mapping[str, Tensor]) -> dict[str, torch.dtype]:
+    pairs = tensors_of_module(target) if isinstance(target, nn.Module) else target.items()
+    return {fqn: tensor.dtype for fqn, tensor in pairs if isinstance(tensor, Tensor)}
 
 
 def _mesh_of(target: nn.Module | Mapping[str, Tensor]) -> dict[str, int]:

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from loader.build import build_model, needless_keys, own_conversion
+from loader.build import build_model, needless_keys, own_conversion, wishes_of
 from loader.config import Config, resolve_mesh
 from loader.errors import LoaderError
 from loader.exchange.control import Control
@@ -38,13 +38,14 @@ def run(config: Config, control: Control, device: torch.device) -> Callable[[], 
         if not wanted:
             return lambda: 0
         job = Job(config.source.pinned_uri, config.source.storage_options, config.read, control)
-        job.trace(convert, config.source.ignore, config.source.strip_prefix)
+        job.trace(convert, config.source.ignore, config.source.strip_prefix, dequantize=config.model.dequantize)
         with control.phase("assets"):
             if config.output.checkpoint is not None and control.rank == 0:
                 assets.copy(partial(read_whole, job.store), job.source.names, config.output.checkpoint)
         with control.phase("build"):
             model = build_model(config, job, mesh, device)
-        report = job.load(model, mesh=dims, needless=needless_keys(config, job, model))
+            needless, wishes = needless_keys(config, job, model), wishes_of(config, job, model)
+        report = job.load(model, mesh=dims, needless=needless, wishes=wishes)
         if config.output.checkpoint is not None:
             with control.phase("save"):
                 checkpoint.save(targets_of(model), config.output.checkpoint)

@@ -14,6 +14,7 @@ from loader.init_from_hf import main
 from tests.checkpoints import random_checkpoint, tiny_llama
 from tests.dry_run_models import EXPERTS, LAYERS, WIDTH
 from tests.proxy import CountingProxy
+from tests.quantised import in_blocks, quantised_copy
 from tests.ranks import run_ranks
 
 WORLD, NODES = 4, 2
@@ -26,6 +27,19 @@ def llama(tmp_path_factory) -> Path:
     """Large enough that headers are little of it: 5 MB in float32, tied."""
     directory = tmp_path_factory.mktemp("llama")
     return tiny_llama(directory, dtype=torch.float32, tied=True, hidden_size=256, intermediate_size=510)
+
+
+@pytest.fixture(scope="module")
+def quantised(tmp_path_factory) -> Path:
+    """In float8 with blocks that shards cut; its class has a head that it lacks."""
+    directory = tmp_path_factory.mktemp("quantised")
+    tiny_llama(directory / "model", files=1, tied=True, hidden_size=256, intermediate_size=510)
+    config = {"quant_method": "fp8", "weight_block_size": [48, 80]}
+    quantised_copy(directory / "model", directory, in_blocks((48, 80)), config)
+    file = directory / "quantised" / "config.json"
+    fields = json.loads(file.read_text())
+    file.write_text(json.dumps({**fields, "architectures": ["LlamaForSequenceClassification"]}))
+    return file.parent
 
 
 @pytest.fixture(scope="module")
@@ -109,10 +123,18 @@ LAYERED: dict[str, Mapping[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", [*LLAMA, *LAYERED])
+NEW = {"initialise": ["score.*"], "dtype_rules": [{"match": "*norm*", "dtype": "float32"}]}
+QUANTISED: dict[str, Mapping[str, Any]] = {
+    "quantised, with a new head": {"model": NEW, "mesh": {"dp_shard": -1}},
+    "quantised, small ranges": {"model": NEW, "mesh": {"dp_shard": 2, "tp": 2}, "read": {"range_size": "64KiB"}},
+}
+CASES = LLAMA | LAYERED | QUANTISED
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_the_load_does_what_was_foreseen(request, tmp_path, case):
-    source = request.getfixturevalue("llama" if case in LLAMA else "layered")
-    config = _config(tmp_path, source={"uri": str(source), "ignore": ["unwanted"]}, **(LLAMA | LAYERED)[case])
+    source = request.getfixturevalue("llama" if case in LLAMA else "layered" if case in LAYERED else "quantised")
+    config = _config(tmp_path, source={"uri": str(source), "ignore": ["unwanted"]}, **CASES[case])
     assert _foresee(config) == 0
     foreseen = _report(tmp_path)
     assert run_ranks(WORLD, _main, config, init=False, nodes=NODES) == [0] * WORLD
@@ -126,7 +148,7 @@ def test_the_load_does_what_was_foreseen(request, tmp_path, case):
     assert [[rank[name] for name in counts] for rank in foreseen["ranks"]] == [
         [rank[name] for name in counts] for rank in found["ranks"]
     ]
-    share = (LLAMA | LAYERED)[case].get("read", {}).get("share", "world")
+    share = CASES[case].get("read", {}).get("share", "world")
     headers = foreseen["fetched_bytes"] - foreseen["predicted"]["egress_bytes"][share]
     assert 0 < headers <= HEAD * foreseen["source"]["files"]
 

@@ -12,6 +12,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainValidator,
+    StrictBool,
     StrictInt,
     ValidationError,
     ValidationInfo,
@@ -99,6 +100,20 @@ class Source(Section):
         return at_revision(self.uri, self.revision) if self.revision else self.uri
 
 
+class DtypeRule(Section):
+    """The dtype of some FQNs."""
+
+    match: Text = Field(description="a glob over FQNs")
+    dtype: Dtype = Field(description="of the floating parameters and persistent buffers that match")
+
+
+class Vocabulary(Section):
+    """What may be done where the model has another number of tokens than the checkpoint."""
+
+    pad: StrictBool = Field(default=False, description="more rows in the model: those past the checkpoint's are zeros")
+    cut: StrictBool = Field(default=False, description="fewer rows in the model: the checkpoint's last are left out")
+
+
 class Model(Section):
     """What is to be filled."""
 
@@ -107,9 +122,28 @@ class Model(Section):
         description='transformers, or "package.module:function"; null is a state dict without a model',
     )
     dtype: Dtype | None = Field(default=None, description="of the parameters; null keeps the checkpoint's")
+    dtype_rules: tuple[DtypeRule, ...] = Field(
+        default=(), description="over model.dtype, first match wins: routers in float32, say"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="where the shards live; auto: cuda if any"
     )
+    vocabulary: Vocabulary = Field(
+        default=Vocabulary(), description="of embedding and lm_head, whether rows may be added or left out"
+    )
+    initialise: tuple[Text, ...] = Field(
+        default=(), description="globs over FQNs: those without a source get first values from the model's own code"
+    )
+    dequantize: StrictBool = Field(
+        default=True, description="whether quantised weights are; false keeps them and their scales as they are stored"
+    )
+
+    @field_validator("initialise")
+    @classmethod
+    def _has_code(cls, globs: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if globs and info.data.get("builder", "") is None:
+            raise ConfigError("only a model has code that gives first values, found builder null: set model.builder")
+        return globs
 
 
 class Placement(Section):

@@ -7,12 +7,14 @@ and nothing of data.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
+
+from loader.plan.geometry import Box
 
 Shape = tuple[int, ...]
 Pointwise = Callable[[Tensor], Tensor]
@@ -117,6 +119,20 @@ class Combine(Node):
     def inputs(self) -> tuple[Node, ...]:
         return self.parts
 
+    def over(self, box: Box) -> tuple[tuple[Box, ...], Callable[..., Tensor]]:
+        """The box of each part that `box` of it takes, and what makes it of them."""
+        return (box,) * len(self.parts), self.run
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dequantised(Combine):
+    """A quantised weight: `run(box, *tensors)` makes `box` of it from those boxes of the parts that `boxes` gives."""
+
+    boxes: Callable[[Box], tuple[Box, ...]]
+
+    def over(self, box: Box) -> tuple[tuple[Box, ...], Callable[..., Tensor]]:
+        return self.boxes(box), partial(self.run, box)
+
 
 def form(node: Node) -> tuple[Hashable, tuple[int, ...]]:
     """What `node` is but for the keys that it is made of; and those keys (positions in the catalog).
@@ -145,14 +161,9 @@ def _own(node: Node, keys: dict[int, int]) -> Hashable:
     return tuple(getattr(node, field.name) for field in dataclasses.fields(node) if field.name not in values)
 
 
-def size_of(node: Node) -> int:
-    """Its bytes."""
-    return math.prod(node.shape) * node.dtype.itemsize
-
-
-def combines(node: Node) -> bool:
-    """Whether an op in it needs several tensors at once."""
-    return isinstance(node, Combine) or any(combines(each) for each in node.inputs)
+def dequantises(node: Node) -> bool:
+    """Whether it is made of quantised weights."""
+    return isinstance(node, Dequantised) or any(dequantises(each) for each in node.inputs)
 
 
 def partners(nodes: Iterable[Node]) -> list[set[int]]:

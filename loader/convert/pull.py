@@ -7,7 +7,7 @@ graph from the output to the keys, so that whatever only moves data is one strid
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -47,11 +47,10 @@ class Fill(NamedTuple):
 
 
 class Join(NamedTuple):
-    """`run` of `parts`, each this `box` of its node, lands in `view` through `maps`, once all of them are there."""
+    """`box` of `node`, which needs several tensors at once, lands in `view` through `maps`."""
 
-    parts: tuple[Node, ...]
+    node: Combine
     box: Box
-    run: Callable[..., Tensor]
     view: Tensor
     maps: tuple[Pointwise, ...]
 
@@ -79,8 +78,8 @@ def pull_back(node: Node, box: Box, view: Tensor) -> Iterator[Move | Fill | Join
                 for run in step.maps:
                     values = run(values)
                 yield Fill(values, step.view)
-            case Combine(parts=parts, run=run):
-                yield Join(parts, step.box, run, step.view, step.maps)
+            case Combine() as node:
+                yield Join(node, step.box, step.view, step.maps)
             case Map(source=source, run=run):
                 steps.append(step._replace(node=source, maps=(run, *step.maps)))
             case _:

@@ -36,15 +36,30 @@ def convert(checkpoint: Mapping[str, Tensor], hf_config: PreTrainedConfig) -> It
     that names no class of transformers, ConversionError where a declared operation fails, CoverageError where what it
     makes is not of the model's shape.
     """
-    cls = model_class(hf_config)
-    with ContextManagers(cls.get_init_context(torch.float32, False, False, None)):
-        model = cls(copy.deepcopy(hf_config))
-    yield from _converted(model, checkpoint)
+    yield from _converted(_on_meta(hf_config), checkpoint)
 
 
 def conversion_for(model: PreTrainedModel) -> Convert:
     """The same for a model at hand, not yet sharded, of another class than the config's: a BertModel, say."""
     return lambda checkpoint, _: _converted(model, checkpoint)
+
+
+def declared_ties(hf_config: PreTrainedConfig) -> Mapping[str, str]:
+    """What the class that the config names ties if the config says so: lm_head.weight to model.embed_tokens.weight.
+
+    Nothing where transformers does not have the class.
+    """
+    try:
+        model = _on_meta(hf_config)
+    except BuilderError:
+        return {}
+    return dict(model.all_tied_weights_keys)
+
+
+def _on_meta(hf_config: PreTrainedConfig) -> PreTrainedModel:
+    cls = model_class(hf_config)
+    with ContextManagers(cls.get_init_context(torch.float32, False, False, None)):
+        return cls(copy.deepcopy(hf_config))
 
 
 def _converted(model: PreTrainedModel, checkpoint: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,15 +13,19 @@ from torch import Tensor
 
 from loader.convert.graph import Node, Pointwise
 from loader.convert.pull import Fill, Join, Move, pull_back
-from loader.plan.geometry import Box
+from loader.plan.geometry import Box, portions
 
 
 class Landings:
-    """All landings of one rank. `landed_bytes` grows as shards are written."""
+    """All landings of one rank. `landed_bytes` grows as shards are written.
 
-    def __init__(self) -> None:
+    What needs several tensors at once is made in portions of `portion` elements.
+    """
+
+    def __init__(self, portion: int) -> None:
         self.landed_bytes = 0
-        self._by_key: dict[int, list[_Landing]] = {}
+        self._portion = portion
+        self._by_key: dict[int, _OfKey] = {}
         self._fills: list[tuple[Fill, _Part | None]] = []
 
     def add(self, node: Node, box: Box, shard: Tensor) -> list[tuple[int, Box]]:
@@ -36,7 +42,7 @@ class Landings:
 
     def land(self, key: int, box: Box, values: Tensor) -> None:
         """Write `values`, the elements of `box`, wherever they belong, cast to each shard's dtype on the way."""
-        for landing in self._by_key[key]:
+        for landing in self._by_key[key].near(box):
             common = box.intersect(landing.box)
             if common is not None:
                 found = values[common.slices(box.offsets)]
@@ -50,7 +56,8 @@ class Landings:
             match found:
                 case Move():
                     boxes.append((found.key, found.box))
-                    self._by_key.setdefault(found.key, []).append(_Landing(found.box, found.view, found.maps, part))
+                    landing = _Landing(found.box, found.view, found.maps, part)
+                    self._by_key.setdefault(found.key, _OfKey()).landings.append(landing)
                 case Fill():
                     self._fills.append((found, part))
                 case Join():
@@ -58,13 +65,15 @@ class Landings:
         return boxes
 
     def _gather(self, join: Join, out: _Part | None) -> list[tuple[int, Box]]:
-        whole = _Whole(join.run, join.maps, join.view, out)
-        boxes: list[tuple[int, Box]] = []
-        for node in join.parts:
-            part = _Part(torch.empty(join.box.sizes, dtype=node.dtype, device="meta"), join.box.numel, whole)
-            whole.parts.append(part)
-            boxes += self._follow(node, join.box, part.layout, part)
-        return boxes
+        """A portion at a time, by rows of what is made: they arrive one after another. The needs are the whole's."""
+        for box in portions(join.box, self._portion):
+            parts, run = join.node.over(box)
+            whole = _Whole(run, join.maps, join.view[box.slices(join.box.offsets)], out)
+            for node, region in zip(join.node.inputs, parts, strict=True):
+                part = _Part(torch.empty(region.sizes, dtype=node.dtype, device="meta"), region.numel, whole)
+                whole.parts.append(part)
+                self._follow(node, region, part.layout, part)
+        return list(_needs(join))
 
     def _write(self, view: Tensor, part: _Part | None, values: Tensor) -> None:
         if part is None:
@@ -82,6 +91,16 @@ class Landings:
             self._write(whole.view, whole.out, made)
 
 
+def _needs(join: Join) -> Iterator[tuple[int, Box]]:
+    """The boxes of keys that it takes."""
+    for node, region in zip(join.node.inputs, join.node.over(join.box)[0], strict=True):
+        for found in pull_back(node, region, torch.empty(region.sizes, dtype=node.dtype, device="meta")):
+            if isinstance(found, Move):
+                yield found.key, found.box
+            elif isinstance(found, Join):
+                yield from _needs(found)
+
+
 class _Landing(NamedTuple):
     """Elements `box` of a key, through `maps`, go to `view`: of a shard, or of `part`'s layout."""
 
@@ -89,6 +108,30 @@ class _Landing(NamedTuple):
     view: Tensor
     maps: tuple[Pointwise, ...]
     part: _Part | None
+
+
+@dataclass(slots=True)
+class _OfKey:
+    """A key's landings. Once the first box arrives they are sorted by their rows, for there may be thousands."""
+
+    landings: list[_Landing] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    reach: list[int] = field(default_factory=list)
+    """By position, the row at which this one and all before it end."""
+
+    def near(self, box: Box) -> list[_Landing]:
+        """Those that may have elements of `box`: a few more than do."""
+        if not self.starts:
+            self.landings.sort(key=lambda landing: _rows(landing.box)[0])
+            rows = [_rows(landing.box) for landing in self.landings]
+            self.starts = [first for first, _ in rows]
+            self.reach = list(itertools.accumulate((stop for _, stop in rows), max))
+        first, stop = _rows(box)
+        return self.landings[bisect_right(self.reach, first) : bisect_left(self.starts, stop)]
+
+
+def _rows(box: Box) -> tuple[int, int]:
+    return (box.offsets[0], box.offsets[0] + box.sizes[0]) if box.sizes else (0, 1)
 
 
 @dataclass(slots=True)

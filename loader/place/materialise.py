@@ -26,11 +26,11 @@ def materialise(module: nn.Module, device: torch.device | str) -> None:
     wanting = {name for name, buffer in _non_persistent_buffers(module) if buffer.is_meta}
     _allocate(module, torch.device(device))
     for name, buffer in _non_persistent_buffers(module):
-        if name in wanting and (mark := _mark(buffer.dtype)) is not None:
+        if name in wanting and (mark := mark_of(buffer.dtype)) is not None:
             buffer.fill_(mark)
     if wanting:
         _fill_buffers(module, torch.device(device), wanting)
-    unfilled = [name for name, buffer in _non_persistent_buffers(module) if name in wanting and _is_marked(buffer)]
+    unfilled = [name for name, buffer in _non_persistent_buffers(module) if name in wanting and is_marked(buffer)]
     if unfilled:
         raise BuilderError(
             f"non-persistent buffers are in no checkpoint, and nothing gave them a value: {', '.join(unfilled)}. "
@@ -93,15 +93,15 @@ def _non_persistent_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tens
                 yield clean_fqn(f"{prefix}.{name}" if prefix else name), buffer
 
 
-def _mark(dtype: torch.dtype) -> float | int | None:
+def mark_of(dtype: torch.dtype) -> float | int | None:
     """A value that no buffer holds on purpose, to tell one that nobody filled; None where the dtype has none."""
     if dtype.is_floating_point or dtype.is_complex:
         return torch.nan
     return torch.iinfo(dtype).min if dtype.is_signed else None
 
 
-def _is_marked(buffer: torch.Tensor) -> bool:
-    mark = _mark(buffer.dtype)
+def is_marked(buffer: torch.Tensor) -> bool:
+    mark = mark_of(buffer.dtype)
     if mark is None or buffer.is_meta:
         return False
     return bool((buffer.isnan() if mark != mark else buffer == mark).any())  # noqa: PLR0124 - NaN alone differs from itself

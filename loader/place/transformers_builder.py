@@ -8,7 +8,7 @@ goes through the interfaces beneath it, which are private and move: pyproject.to
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from transformers.utils import ContextManagers
 
 from loader.convert.transformers import model_class
 from loader.errors import BuilderError, ConfigError, LoaderError
+from loader.place.dtypes import DtypeRule, cast_by_rules
 from loader.place.user_code import told
 
 _DP = ("dp_replicate", "dp_shard")
@@ -31,18 +32,22 @@ _OWN_BUILDER = 'set model.builder to a "package.module:function" of yours'
 
 
 def build(
-    hf_config: Mapping[str, Any] | PreTrainedConfig, mesh: DeviceMesh | None, dtype: torch.dtype | None = None
+    hf_config: Mapping[str, Any] | PreTrainedConfig,
+    mesh: DeviceMesh | None,
+    dtype: torch.dtype | None = None,
+    dtype_rules: Sequence[DtypeRule] = (),
 ) -> nn.Module:
     """The model on the meta device: DTensors where `mesh` shards them, plain parameters elsewhere; ties kept.
 
     `mesh` may have dp_replicate, dp_shard and tp, the first before the second; None is one rank. `dtype` None takes the
-    config's, and torch's default where that names none; what the class keeps in float32 stays so. Raises BuilderError
-    where the architecture is missing, unknown, remote code, or without a TP plan; ConfigError for a mesh it cannot use.
+    config's, and torch's default where that names none; what the class keeps in float32 stays so, unless a rule says
+    otherwise. Raises BuilderError where the architecture is missing, unknown, remote code, or without a TP plan;
+    ConfigError for a mesh it cannot use, and for rules that give one FSDP group several dtypes.
     """
     sizes = _sizes(mesh)
     cls = model_class(hf_config)
     try:
-        model: nn.Module = _build(cls, hf_config, mesh, sizes, dtype)
+        model: nn.Module = _build(cls, hf_config, mesh, sizes, dtype, dtype_rules)
     except LoaderError:
         raise
     except Exception as error:
@@ -75,6 +80,13 @@ def ignorable(model: nn.Module) -> tuple[str, ...]:
     return tuple(sorted(patterns))
 
 
+def vocabulary(model: PreTrainedModel) -> set[str]:
+    """FQNs with a row for each token: the parameters of the input and of the output embeddings."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    owned = {id(parameter) for end in ends if end is not None for parameter in end.parameters()}
+    return {name for name, parameter in model.named_parameters(remove_duplicate=False) if id(parameter) in owned}
+
+
 def _sizes(mesh: DeviceMesh | None) -> dict[str, int]:
     given = dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)) if mesh is not None else {}
     others = [f"{name}: {size}" for name, size in given.items() if name not in (*_DP, "tp") and size > 1]
@@ -94,10 +106,12 @@ def _build(
     mesh: DeviceMesh | None,
     sizes: Mapping[str, int],
     dtype: torch.dtype | None,
+    dtype_rules: Sequence[DtypeRule],
 ) -> PreTrainedModel:
     is_config = isinstance(hf_config, PreTrainedConfig)
     config = copy.deepcopy(hf_config) if is_config else cls.config_class.from_dict(dict(hf_config))
     model = _on_meta(cls, config, dtype)
+    cast_by_rules(model, dtype_rules)  # before FSDP, which takes what it then finds for the original dtype
     if mesh is not None and max(sizes.values()) > 1:
         _parallelise(model, _with_shard_dim(mesh, sizes), sizes)
     else:
@@ -173,15 +187,28 @@ def _fsdp_plan(model: PreTrainedModel) -> dict[str, str]:
     transformers makes the embedding a group and leaves a head that is tied to it to the root, which unties them. Here
     no group has some of a tied parameter's names without the others: such a parameter goes to the group around.
     """
-    plan = dict(model.fsdp_plan)
-    if dtypes := model._get_dtype_plan(model.config.dtype):  # one FSDP group has one dtype
-        kept, _, _ = build_glob_alternation(list(dtypes))
-        owners = {name.rpartition(".")[0] for name, _ in model.named_parameters() if kept.search(name)}
-        plan = dict.fromkeys(owners, "free_full_weight") | plan
-    expanded = model._expand_parallel_plan(plan)
+    others = (name for name, parameter in model.named_parameters() if parameter.dtype != model.config.dtype)
+    owners = {name.rpartition(".")[0] for name in others} - {""}
+    expanded = model._expand_parallel_plan(dict(model.fsdp_plan))
+    expanded |= dict.fromkeys(owners, "free_full_weight")  # one group has one dtype; what is kept full may be one group
     ties = _ties(model.named_parameters(remove_duplicate=False))
     whole = {name: style for name, style in expanded.items() if not any(_cuts(name, tie) for tie in ties)}
-    return dict(sorted(whole.items(), key=lambda item: item[0].count("."), reverse=True))
+    found = dict(sorted(whole.items(), key=lambda item: item[0].count("."), reverse=True))
+    _check_dtypes(model, found)
+    return found
+
+
+def _check_dtypes(model: PreTrainedModel, groups: Iterable[str]) -> None:
+    """FSDP2 takes one dtype for a group, and says so only in the first forward. `groups` come innermost first."""
+    first: dict[str, tuple[str, torch.dtype]] = {}
+    for name, parameter in model.named_parameters():
+        group = next((each for each in groups if name.startswith(f"{each}.")), "the root")
+        other, dtype = first.setdefault(group, (name, parameter.dtype))
+        if dtype != parameter.dtype:
+            raise ConfigError(
+                f"model.dtype_rules: {other} is {dtype} and {name} is {parameter.dtype}, but FSDP shards them together "
+                f"({group}): give both one dtype, or {_OWN_BUILDER}"
+            )
 
 
 def _ties(parameters: Iterable[tuple[str, nn.Parameter]]) -> list[list[str]]:

@@ -70,6 +70,22 @@ def disjoint(boxes: Sequence[Box]) -> list[Box]:
     return result
 
 
+def portions(box: Box, most: int) -> Iterator[Box]:
+    """The box in runs of rows of at most `most` elements, and pieces of rows where one has more, in order.
+
+    Sizes (2, 3, 4), 8 at most: rows 0-1 and row 2 of the first matrix, then of the second.
+    """
+    if box.numel <= most:
+        yield box
+        return
+    dim = next(d for d, size in enumerate(box.sizes) if size > 1)
+    step = max(1, most // (box.numel // box.sizes[dim]))
+    offsets, sizes = list(box.offsets), list(box.sizes)
+    for first in range(0, box.sizes[dim], step):
+        offsets[dim], sizes[dim] = box.offsets[dim] + first, min(step, box.sizes[dim] - first)
+        yield from portions(Box(tuple(offsets), tuple(sizes)), most)
+
+
 def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     """Row-major strides in elements: (2, 3, 4) -> (12, 4, 1)."""
     return tuple(itertools.accumulate(reversed(shape[1:]), lambda a, b: a * b, initial=1))[::-1] if shape else ()

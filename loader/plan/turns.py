@@ -30,6 +30,12 @@ def take_turns(entries: Sequence[Entry], cuts: Cuts, partners: Sequence[Collecti
     begins = _place(cuts.file, cuts.start)
     key = order[np.searchsorted(place[order], begins, side="right") - 1]
     turns: Ints = anchor[key] + ((begins - place[key]) * stretch[key]).astype(np.int64)
+    # An extent may hold the end of a large key and then a small one, whose turn may be an earlier one: scales, say.
+    combined = np.array(sorted(set().union(*partners)), np.int64)
+    extent = np.searchsorted(begins, place[combined], side="right") - 1
+    combined, extent = combined[extent >= 0], extent[extent >= 0]
+    inside = place[combined] < _place(cuts.file, cuts.stop)[extent]
+    np.minimum.at(turns, extent[inside], anchor[combined[inside]])
     return turns
 
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from loader.convert.conversion import Outputs
-from loader.convert.graph import Node, combines, keys_of
+from loader.convert.graph import Node, keys_of
 from loader.errors import CoverageError
 from loader.place.landing import Landings
 from loader.place.targets import Target
@@ -40,37 +40,23 @@ def make_demand(
     tensors holds `portion` elements of each at a time. Raises CoverageError for an FQN that the conversion does not
     make, or makes in another shape.
     """
-    landings = Landings()
+    landings = Landings(portion)
     boxes: list[tuple[int, Box]] = []
     used: set[int] = set()
     for target in targets:
         known = sources_of(target.names, target.shape, outputs, entries)
         for node in known:
             used.update(keys_of(node))
-        boxes += pull_target(target, known[0], portion, landings)
+        boxes += pull_target(target, known[0], landings)
     needs = collect_needs(boxes, [entry.shape for entry in entries.values()])
     return Demand(needs, frozenset(visible) - used), landings
 
 
-def pull_target(target: Target, node: Node, portion: int, landings: Landings) -> Iterator[tuple[int, Box]]:
+def pull_target(target: Target, node: Node, landings: Landings) -> Iterator[tuple[int, Box]]:
     """The boxes of keys (by position) that the target takes, made of `node`; they are to land in it."""
     for box, offsets in target.boxes:
         origin = tuple(o - local for o, local in zip(box.offsets, offsets, strict=True))
-        for part in _portions(node, box, portion):
-            yield from landings.add(node, part, target.tensor[part.slices(origin)])
-
-
-def _portions(node: Node, box: Box, most: int) -> Iterator[Box]:
-    """The box, in rows of at most `most` elements where an op must have several tensors at once to make them."""
-    if box.numel <= most or not combines(node):
-        yield box
-        return
-    dim = next(d for d, size in enumerate(box.sizes) if size > 1)
-    half = box.sizes[dim] // 2
-    offsets, sizes = list(box.offsets), list(box.sizes)
-    for start, size in ((0, half), (half, box.sizes[dim] - half)):
-        offsets[dim], sizes[dim] = box.offsets[dim] + start, size
-        yield from _portions(node, Box(tuple(offsets), tuple(sizes)), most)
+        yield from landings.add(node, box, target.tensor[box.slices(origin)])
 
 
 def sources_of(
@@ -84,7 +70,8 @@ def sources_of(
         hint = f"; the nearest that there are: {', '.join(near)}" if near else ""
         raise CoverageError(
             f"{' = '.join(names)} {list(shape)} has no source: neither a key nor an output of the "
-            f"conversion has that name{hint}. Check source.strip_prefix, source.ignore and the conversion"
+            f"conversion has that name{hint}. Check source.strip_prefix, source.ignore and the conversion, or "
+            "list it in model.initialise if it is new"
         )
     for fqn in known:
         found = outputs[fqn]

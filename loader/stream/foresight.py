@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Hashable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -48,21 +49,20 @@ class Bundle(NamedTuple):
 class Foresight:
     """The demands of all ranks, as `make_demand` would find them on each: `ranks`, and distinct `demands` by number."""
 
-    def __init__(self, outputs: Outputs, entries: Mapping[str, Entry], portion: int) -> None:
+    def __init__(self, entries: Mapping[str, Entry]) -> None:
         self.ranks: dict[int, Rank] = {}
         self.demands: dict[int, Demand] = {}
-        self._outputs = outputs
         self._entries = entries
-        self._portion = portion
         self._arrays: dict[bytes, Ints] = {}  # equal arrays of keys are one, for the planner too
         self._numbers: dict[Hashable, int] = {}
 
-    def add(self, everywhere: Everywhere, ranks: Iterable[int], visible: Collection[int]) -> None:
-        """Find the demands of `ranks`, which hold what `everywhere` says; keys at the positions `visible` must be used.
+    def add(self, everywhere: Everywhere, outputs: Outputs, ranks: Iterable[int], visible: Collection[int]) -> None:
+        """Find the demands of `ranks`, which hold what `everywhere` says, made of `outputs`; keys at the positions
+        `visible` must be used.
 
         Raises CoverageError for what a conversion does not make, or makes in another shape.
         """
-        model = _Alike(everywhere, self._outputs, self._entries, self._portion)
+        model = _Alike(everywhere, outputs, self._entries)
         unused = frozenset(visible) - model.used
         together: dict[tuple[int, ...], Ints] = {}
         for alike in everywhere.alike(ranks):
@@ -89,9 +89,8 @@ class _Share(NamedTuple):
 class _Alike:
     """A model's targets by kind, and the keys that they are made of by slot."""
 
-    def __init__(self, everywhere: Everywhere, outputs: Outputs, entries: Mapping[str, Entry], portion: int) -> None:
+    def __init__(self, everywhere: Everywhere, outputs: Outputs, entries: Mapping[str, Entry]) -> None:
         self._everywhere = everywhere
-        self._portion = portion
         self.used: set[int] = set()
         kinds: dict[Hashable, Kind] = {}
         for part in everywhere.parts:
@@ -149,7 +148,7 @@ class _Alike:
         """Pull back the kind's first target: the others' boxes come from the keys in the same slots."""
         slots = {key: (number, place) for place, key in enumerate(kind.members[0])}
         boxes: dict[Slot, list[Box]] = {}
-        for key, box in pull_target(target, kind.node, self._portion, Landings()):
+        for key, box in pull_target(target, kind.node, Landings(sys.maxsize)):
             if box.numel:
                 boxes.setdefault(slots[key], []).append(box)
         count, tensor = len(kind.members), target.tensor

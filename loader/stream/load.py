@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from loader.convert.conversion import Outputs
+from loader.convert.graph import partners
 from loader.errors import LostRankError
 from loader.exchange.control import Control
 from loader.exchange.transport import Transport
@@ -22,7 +23,7 @@ from loader.progress import Progress
 from loader.store.store import Store
 from loader.stream.demand import make_demand
 from loader.stream.pipeline import Pipeline, Seconds
-from loader.stream.planning import Terms, agree_on_plan
+from loader.stream.planning import Terms, agree_on_plan, on_any_rank
 
 DRAIN = 8.0
 """Seconds for the rounds in flight to end after an error, before the rank gives up on them: all must end within 10."""
@@ -65,7 +66,9 @@ def fill(
     """
     begun = time.monotonic()
     with control.phase("budget"):
-        terms = Terms.of(outputs, memory_budget, range_size, reserved)
+        together = partners(outputs.values())
+        waits = on_any_rank(control, "waits", bool(together))
+        terms = Terms.of(together, memory_budget, range_size, reserved, waits=waits)
     with control.phase("targets"):
         demand, landings = make_demand(targets, outputs, catalog.entries, visible, terms.portion)
     planned = agree_on_plan(control, demand, catalog, share=share, node=node, terms=terms)

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from loader.convert.conversion import Outputs
-from loader.convert.graph import partners
 from loader.exchange.control import Control
 from loader.plan.catalog import Catalog
 from loader.plan.extents import Limits, cut_extents
@@ -29,10 +27,12 @@ class Terms(NamedTuple):
     portion: int
 
     @classmethod
-    def of(cls, outputs: Outputs, memory_budget: int, range_size: int, reserved: int) -> Terms:
-        """What waits to be combined has half of what `reserved` leaves. Raises MemoryBudgetError."""
-        together = partners(outputs.values())
-        waiting = max(0, memory_budget - reserved) // 2 if together else 0
+    def of(cls, together: list[set[int]], memory_budget: int, range_size: int, reserved: int, *, waits: bool) -> Terms:
+        """With partners `together`; what `waits` to be combined, on any rank, has half of what `reserved` leaves.
+
+        Raises MemoryBudgetError.
+        """
+        waiting = max(0, memory_budget - reserved) // 2 if waits else 0
         limits = Limits.within(memory_budget, range_size, reserved + waiting)
         return cls(limits, together, memory_budget // PORTIONS)
 
@@ -53,6 +53,14 @@ def pack(value: Any) -> bytes:
 
 def unpack(data: bytes) -> Any:
     return pickle.loads(zlib.decompress(data))  # noqa: S301 - from a rank of this job, never from a checkpoint
+
+
+def on_any_rank(control: Control, fact: str, holds: bool) -> bool:
+    """Whether `fact`, which is asked for once in a job, holds on any rank. Every rank asks, within a phase."""
+    control.put(fact, pack(holds))
+    everyone = range(control.world_size)
+    found = pack(any(map(unpack, control.take(fact, everyone)))) if control.rank == 0 else b""
+    return bool(unpack(control.broadcast(f"{fact} on any rank", found)))
 
 
 def agree_on_plan(

@@ -71,5 +71,6 @@ def test_the_sections_are_those_of_the_contract():
 
     assert keys(Config) == ["source", "model", "mesh", "placements", "convert", "read", "output", "report"]
     assert keys(Source) == ["uri", "storage_options", "ignore", "strip_prefix", "revision"]
-    assert keys(Model) == ["builder", "dtype", "device"]
+    model = ["builder", "dtype", "dtype_rules", "device", "vocabulary", "initialise", "dequantize"]
+    assert keys(Model) == model
     assert keys(Output) == ["entrypoint", "checkpoint", "if_exists"]

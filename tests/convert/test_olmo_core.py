@@ -138,7 +138,7 @@ def lazily(tensors: Mapping[str, Tensor]) -> Checkpoint:
 
 
 def pulled(node: Node, box: Box, sources: Sequence[Tensor]) -> Tensor:
-    landings, view = Landings(), torch.full(box.sizes, -1, dtype=node.dtype)
+    landings, view = Landings(1 << 20), torch.full(box.sizes, -1, dtype=node.dtype)
     needs = landings.add(node, box, view)
     landings.fill()
     for key, part in needs:

@@ -37,17 +37,18 @@ def fill(node: Node, box: Box, view: Tensor, sources: Sequence[Tensor]) -> int:
             found.view.copy_(found.values)
         elif isinstance(found, Move):
             values = sources[found.key][found.box.slices()]
-            for run in found.maps:
-                values = run(values)
+            for each in found.maps:
+                values = each(values)
             found.view.copy_(values)
             taken += found.box.numel
         elif isinstance(found, Join):
-            parts = [torch.empty(found.box.sizes, dtype=part.dtype) for part in found.parts]
-            for part, into in zip(found.parts, parts, strict=True):
-                taken += fill(part, found.box, into, sources)
-            values = found.run(*parts)
-            for run in found.maps:
-                values = run(values)
+            regions, run = found.node.over(found.box)
+            parts = [torch.empty(r.sizes, dtype=part.dtype) for part, r in zip(found.node.parts, regions, strict=True)]
+            for part, region, into in zip(found.node.parts, regions, parts, strict=True):
+                taken += fill(part, region, into, sources)
+            values = run(*parts)
+            for each in found.maps:
+                values = each(values)
             found.view.copy_(values)
     return taken
 

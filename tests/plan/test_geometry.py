@@ -13,6 +13,7 @@ from loader.plan.geometry import (
     disjoint,
     flat_span,
     is_contiguous,
+    portions,
     whole,
 )
 
@@ -95,3 +96,17 @@ def test_worked_examples():
         Box((3, 0), (1, 2)),
     ]
     assert whole((2, 3)).slices((0, 1)) == (slice(0, 2), slice(-1, 2))
+
+
+@prove
+@given(st.data())
+def test_portions_are_the_box_in_contiguous_pieces_in_order(data):
+    shape = tuple(data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=4)))
+    box, most = data.draw(boxes_within(shape)), data.draw(st.integers(1, 20))
+    found = list(portions(box, most))
+    assert all(part.numel <= most for part in found)
+    inside = [Box(tuple(a - b for a, b in zip(part.offsets, box.offsets, strict=True)), part.sizes) for part in found]
+    assert all(is_contiguous(box.sizes, part) for part in inside)
+    spans = [flat_span(box.sizes, part) for part in inside]
+    assert [first for first, _ in spans] == [0, *(stop for _, stop in spans[:-1])]
+    assert spans[-1][1] == box.numel

@@ -63,8 +63,8 @@ def assert_foreseen(
             Part((fqn,), node.shape, node.dtype, mesh, tuple(fit(p, len(node.shape)) for p in placements or ()))
         )
     everywhere = Everywhere(tuple(parts), (Grid((), np.zeros((WORLD, 0), np.int64)), grid()))
-    found = Foresight(outputs, catalog.entries, portion)
-    found.add(everywhere, range(WORLD), range(len(shapes)))
+    found = Foresight(catalog.entries)
+    found.add(everywhere, outputs, range(WORLD), range(len(shapes)))
     for rank in range(WORLD):
         targets = [everywhere.target(part, everywhere.coordinate(part, rank)) for part in parts]
         expected, _ = make_demand(targets, outputs, catalog.entries, range(len(shapes)), portion)

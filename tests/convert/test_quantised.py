@@ -1,0 +1,425 @@
+"""Quantised checkpoints: what lands is the slice of the dequantised tensor to the bit, and no more is read for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+import loader
+from loader.config import Config
+from loader.convert.graph import Key
+from loader.convert.pull import pull_back
+from loader.convert.quantised import dequantise
+from loader.convert.torchtitan import convert as to_torchtitan
+from loader.errors import ConfigError, ConversionError, CoverageError
+from loader.exchange.control import Control
+from loader.place.transformers_builder import config_of
+from loader.plan.geometry import Box
+from loader.run import run
+from tests.checkpoints import same_bits
+from tests.convert.test_pull import fill
+from tests.proxy import CountingProxy
+from tests.quantised import float8, in_blocks, mxfp4, one_scale, product, quantised_copy, scales
+from tests.ranks import run_ranks
+from tests.shards import blank, differences, shard, write_file
+
+FILE = "model.safetensors"
+EARLY = 64 * 1024
+
+
+# ---------------------------------------------------------------- any box of a tensor
+
+
+def keys_of(stored: dict[str, Tensor]) -> tuple[dict[str, Key], list[Tensor]]:
+    nodes = {key: Key(tuple(t.shape), t.dtype, position) for position, (key, t) in enumerate(stored.items())}
+    return nodes, list(stored.values())
+
+
+def a_box(draw: st.DataObject, shape: tuple[int, ...]) -> Box:
+    offsets = [draw.draw(st.integers(0, size - 1)) for size in shape]
+    return Box(
+        tuple(offsets), tuple(draw.draw(st.integers(1, size - at)) for size, at in zip(shape, offsets, strict=True))
+    )
+
+
+def part_of(stored: dict[str, Tensor], config: dict[str, Any], box: Box) -> Tensor:
+    """The one tensor that `stored` is seen as: `box` of it, made only of what it is pulled back to."""
+    keys, sources = keys_of(stored)
+    ((_, node),) = dequantise(keys, config).items()
+    view = torch.full(box.sizes, torch.nan)
+    fill(node, box, view, sources)
+    return view
+
+
+@settings(max_examples=150, derandomize=True, deadline=None)
+@given(st.data())
+def test_any_box_of_block_scaled_float8(data) -> None:
+    shape = (data.draw(st.integers(1, 40)), data.draw(st.integers(1, 40)))
+    block = (data.draw(st.integers(1, 17)), data.draw(st.integers(1, 17)))
+    experts = data.draw(st.sampled_from([(), (3,)]))
+    kind = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float8_e8m0fnu]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    weight = float8((*experts, *shape), generator)
+    grid = (*experts, -(-shape[0] // block[0]), -(-shape[1] // block[1]))
+    scale = scales(grid, generator).to(kind)
+    box = a_box(data, tuple(weight.shape))
+    found = part_of({"w": weight, "w_scale_inv": scale}, {"quant_method": "fp8", "weight_block_size": block}, box)
+    assert same_bits(found, product(weight, scale, block)[box.slices()])
+
+
+@settings(max_examples=150, derandomize=True, deadline=None)
+@given(st.data())
+def test_any_box_of_mxfp4_in_every_dtype_as_transformers_makes_it(data) -> None:
+    shape = (data.draw(st.integers(1, 3)), data.draw(st.integers(1, 9)), data.draw(st.integers(1, 3)))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    blocks = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=generator)
+    exponents = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    box = a_box(data, (shape[0], shape[2] * 32, shape[1]))
+    found = part_of({"w_blocks": blocks, "w_scales": exponents}, {"quant_method": "mxfp4"}, box)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        expected = convert_moe_packed_tensors(blocks, exponents, dtype=dtype)[box.slices()]
+        assert same_bits(found.to(dtype), expected.clone(memory_format=torch.contiguous_format))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float8_e8m0fnu, torch.uint8])
+def test_block_scaled_float8_is_what_transformers_makes(kind) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = float8((48, 64), generator)
+    scale = torch.randint(110, 140, (3, 4), dtype=torch.uint8, generator=generator)
+    scale = {torch.float32: scale.float() / 7, torch.uint8: scale}.get(kind, scale.view(torch.float8_e8m0fnu))
+    config = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    found = part_of({"w": weight, "w_scale_inv": scale}, config, Box((0, 0), (48, 64)))
+    for dtype in (torch.bfloat16, torch.float32):
+        assert same_bits(found.to(dtype), Fp8Dequantize(None)._dequantize_one(weight, scale, dtype))
+
+
+def needs(stored: dict[str, Tensor], config: dict[str, Any], box: Box) -> dict[str, int]:
+    """By key, how many of its elements `box` takes."""
+    keys, _ = keys_of(stored)
+    ((_, node),) = dequantise(keys, config).items()
+    counts = dict.fromkeys(stored, 0)
+    open_steps = list(pull_back(node, box, torch.empty(box.sizes, device="meta")))
+    while open_steps:
+        step = open_steps.pop()
+        if hasattr(step, "key"):
+            counts[list(stored)[step.key]] += step.box.numel
+        else:
+            for part, region in zip(step.node.parts, step.node.over(step.box)[0], strict=True):
+                open_steps += pull_back(part, region, torch.empty(region.sizes, device="meta"))
+    return counts
+
+
+def test_a_slice_takes_its_own_scales_and_no_more() -> None:
+    stored = {"w": torch.zeros(300, 500, dtype=torch.float8_e4m3fn), "w_scale_inv": torch.zeros(3, 4)}
+    config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    assert needs(stored, config, Box((128, 0), (128, 500))) == {"w": 64_000, "w_scale_inv": 4}
+    assert needs(stored, config, Box((120, 250), (20, 200))) == {"w": 4000, "w_scale_inv": 6}
+    packed = {"w_blocks": torch.zeros(2, 6, 3, 16, dtype=torch.uint8), "w_scales": torch.zeros(2, 6, 3)}
+    assert needs(packed, {"quant_method": "mxfp4"}, Box((0, 30, 2), (1, 5, 3))) == {"w_blocks": 9, "w_scales": 6}
+
+
+# ---------------------------------------------------------------- whole checkpoints, in ranks
+
+DIM = 64
+SMALL = {
+    "hidden_size": DIM, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 4, "vocab_size": 104, "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
+MODELS = {
+    "llama": transformers.LlamaConfig(**SMALL),
+    "deepseek_v3": transformers.DeepseekV3Config(
+        **SMALL, n_routed_experts=4, moe_intermediate_size=24, num_experts_per_tok=2, n_group=2, topk_group=1,
+        q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, first_k_dense_replace=1,
+    ),
+    "gpt_oss": transformers.GptOssConfig(**SMALL, num_local_experts=4, head_dim=8, num_experts_per_tok=2),
+}  # fmt: skip
+TENSORS = {"symmetric": True, "type": "float", "num_bits": 8}
+
+
+def groups(**weights: Any) -> dict[str, Any]:
+    found = {"group_0": {"targets": ["Linear"], "weights": {**TENSORS, **weights}, "input_activations": None}}
+    return {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": found}
+
+
+INPUT = {"input_scale": torch.ones(1), "weight_zero_point": torch.zeros(1, dtype=torch.float8_e4m3fn)}
+QUANTISED: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "blocks": ("deepseek_v3", in_blocks((12, 20)), {"quant_method": "fp8", "weight_block_size": [12, 20]}),
+    "e8m0": (
+        "llama",
+        in_blocks((12, 20), torch.float8_e8m0fnu),
+        {"quant_method": "fp8", "weight_block_size": [12, 20], "scale_fmt": "ue8m0"},
+    ),
+    "tensor": ("llama", one_scale(lambda _: (), "_scale_inv"), {"quant_method": "fp8", "weight_block_size": None}),
+    "static tensor": ("llama", one_scale(lambda _: (1,), "_scale", **INPUT), groups(strategy="tensor")),
+    "channel": ("llama", one_scale(lambda t: (t.shape[0], 1), "_scale"), groups(strategy="channel")),
+    "flat channel": ("llama", one_scale(lambda t: (t.shape[0],), "_scale"), groups(strategy="channel")),
+    "ct blocks": (
+        "llama",
+        in_blocks((12, 20), torch.bfloat16, "_scale"),
+        groups(strategy="block", block_structure=[12, 20]),
+    ),
+    "ct groups": ("llama", in_blocks((1, 20), torch.bfloat16, "_scale"), groups(strategy="group", group_size=20)),
+    "mxfp4": ("gpt_oss", mxfp4, {"quant_method": "mxfp4"}),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> Path:
+    """By name, `quantised` beside `plain`, what it means."""
+    directory = tmp_path_factory.mktemp("checkpoints")
+    torch.manual_seed(0)
+    for name, config in MODELS.items():
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(directory / "models" / name)
+    for name, (model, quantise, config) in QUANTISED.items():
+        quantised_copy(directory / "models" / model, directory / name, quantise, config)
+    return directory
+
+
+LAYOUTS = {
+    "fsdp": ((4,), [Shard(0)]),
+    "columns": ((4,), [Shard(-1)]),
+    "hsdp": ((2, 2), [Replicate(), Shard(1)]),
+    "both dims": ((2, 2), [Shard(0), Shard(1)]),
+}
+
+
+def load_states(checkpoints: Path, world_size: int) -> dict[str, list[str]]:
+    """Each quantised checkpoint as a state dict, through torchtitan's layout where it knows the model: what differs."""
+    found = {}
+    layouts = LAYOUTS if world_size == 4 else {"alone": ((1,), [Replicate()])}
+    meshes = {name: init_device_mesh("cpu", sizes) for name, (sizes, _) in layouts.items()}
+    for name in QUANTISED:
+        plain = load_file(checkpoints / name / "plain" / FILE)
+        config = config_of(json.loads((checkpoints / name / "plain" / "config.json").read_text()))
+        for convert in (None, "torchtitan"):
+            whole = dict(to_torchtitan(plain, config)) if convert else plain
+            for layout, (_, placements) in layouts.items():
+                sharded = {fqn: shard(tensor, meshes[layout], fit(tensor, placements)) for fqn, tensor in whole.items()}
+                state = {fqn: blank(tensor) for fqn, tensor in sharded.items()}
+                loader.load(state, str(checkpoints / name / "quantised"), convert=convert, memory_budget="16MiB")
+                found[f"{name}, {convert}, {layout}"] = differences(state, sharded)
+    return found
+
+
+def fit(tensor: Tensor, placements: list[Any]) -> list[Any]:
+    return [p if not isinstance(p, Shard) or p.dim < tensor.ndim else Replicate() for p in placements]
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_state_dicts_hold_what_is_meant(checkpoints, world_size) -> None:
+    for found in run_ranks(world_size, load_states, checkpoints, world_size, timeout=110):
+        assert {case: fqns for case, fqns in found.items() if fqns} == {}
+        assert len(found) == len(QUANTISED) * 2 * (4 if world_size == 4 else 1)
+
+
+MESHES = {1: [{"dp_shard": 1}], 4: [{"dp_shard": 4}, {"dp_shard": 2, "tp": 2}]}
+
+
+def run_command(checkpoints: Path, name: str, mesh: dict[str, int], **model: Any) -> int:
+    """The command's exit code: 0 where the model holds what the checkpoint that is meant does, loaded the same way."""
+    global EXPECTED  # noqa: PLW0603 - the entrypoint is called with nothing of ours
+    codes = []
+    for kind in ("exact" if "dtype" in model else "plain", "quantised"):
+        EXPECTED = SEEN if kind == "quantised" else None
+        config = Config.model_validate(
+            {"source": {"uri": str(checkpoints / name / kind)}, "model": model, "mesh": mesh,
+             "report": None, "output": {"entrypoint": f"{__name__}:compare"}}
+        )  # fmt: skip
+        with Control.of_group() as control:
+            codes.append(run(config, control, torch.device("cpu"))())
+    return max(codes)
+
+
+def compare(model: Any, mesh: Any, report: Any) -> int:
+    global SEEN  # noqa: PLW0603
+    state = model if isinstance(model, dict) else model.state_dict()
+    SEEN = {fqn: (t.to_local() if isinstance(t, DTensor) else t).clone() for fqn, t in state.items()}
+    if EXPECTED is None:
+        return 0
+    return int(SEEN.keys() != EXPECTED.keys() or not all(same_bits(SEEN[fqn], EXPECTED[fqn]) for fqn in SEEN))
+
+
+def run_commands(checkpoints: Path, world_size: int) -> list[str]:
+    return [
+        f"{name}, {mesh}, {model}"
+        for name in ("blocks", "static tensor", "mxfp4")
+        for mesh in MESHES[world_size]
+        for model in ({}, {"dtype": "float32"}, {"builder": None}, {"builder": None, "dtype": "float16"})
+        if not (name == "mxfp4" and model.get("builder", "transformers") and "tp" in mesh)
+        if run_command(checkpoints, name, mesh, **model)
+    ]
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_the_command_loads_them_as_if_they_were_plain(checkpoints, world_size) -> None:
+    assert run_ranks(world_size, run_commands, checkpoints, world_size, timeout=110) == [[]] * world_size
+
+
+# ---------------------------------------------------------------- what is read, held, and kept
+
+ROWS, COLUMNS, BLOCK = 1024, 512, (48, 80)
+BLOCKS = {"quant_method": "fp8", "weight_block_size": BLOCK}
+
+
+def large() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    grid = (-(-ROWS // BLOCK[0]), -(-COLUMNS // BLOCK[1]))
+    return {"w": float8((ROWS, COLUMNS), generator), "w_scale_inv": scales(grid, generator)}
+
+
+def save(directory: Path, tensors: dict[str, Tensor], config: Any = BLOCKS, **fields: Any) -> str:
+    write_file(directory / FILE, tensors)
+    fields = {"model_type": "llama", **fields, "quantization_config": config}
+    (directory / "config.json").write_text(json.dumps(fields))
+    return str(directory)
+
+
+def load_large(uri: str, options: Any, placement: Any, share: str) -> tuple[bool, Any]:
+    mesh = init_device_mesh("cpu", (4,))
+    meant = product(large()["w"], large()["w_scale_inv"], BLOCK).to(torch.bfloat16)
+    state = {"w": blank(shard(meant, mesh, [placement]))}
+    report = loader.load(state, uri, storage_options=options, share=share, range_size="64KiB", memory_budget="64MiB")
+    return differences(state, {"w": shard(meant, mesh, [placement])}) == [], report
+
+
+@pytest.mark.parametrize("placement", [Shard(0), Shard(1), Replicate()])
+def test_the_bucket_serves_quantised_bytes_and_scales_once(s3, tmp_path, placement) -> None:
+    save(tmp_path, large())
+    with CountingProxy(s3.endpoint) as proxy:
+        uri, options = s3.put(tmp_path), s3.at(proxy.url).storage_options
+        found = run_ranks(4, load_large, uri, options, placement, "world")
+        bytes_of_keys = sum(tensor.nbytes for tensor in large().values())
+        assert all(right for right, _ in found)
+        assert found[0][1].needed_bytes == bytes_of_keys
+        assert bytes_of_keys <= proxy.bytes_served(FILE) <= bytes_of_keys + EARLY + 1024
+
+
+def test_a_rank_alone_reads_its_own_blocks_and_their_scales(s3, tmp_path) -> None:
+    uri = s3.put(Path(save(tmp_path, large())))
+    found = run_ranks(4, load_large, uri, s3.storage_options, Shard(0), "none")
+    assert all(right for right, _ in found)
+    for rank in (1, 2, 3):  # rank 0 reads the header too
+        rows = range(rank * 256, rank * 256 + 256)
+        touched = len({row // BLOCK[0] for row in rows})
+        assert found[0][1].ranks[rank].fetched_bytes == 256 * COLUMNS + touched * 7 * 4
+
+
+def transposed(keys: Any, _: Any) -> dict[str, Tensor]:
+    return {"w": keys["w"].t()}
+
+
+def load_many(directory: str, convert: Any) -> int | None:
+    state = {"w": torch.zeros(6144, 6144, dtype=torch.bfloat16)}
+    report = loader.load(state, directory, convert=convert, memory_budget="16MiB")
+    assert (state["w"] == 2).all()
+    return report.memory.peak_over_shards_bytes
+
+
+@pytest.mark.parametrize("convert", [None, transposed])
+def test_dequantising_stays_within_the_budget(tmp_path, convert) -> None:
+    """36 MiB: transposed too, where rows of what is stored are columns of what is filled."""
+    tensors = {"w": torch.ones(6144, 6144).to(torch.float8_e4m3fn), "w_scale_inv": torch.full((48, 48), 2.0)}
+    save(tmp_path, tensors, {"quant_method": "fp8", "weight_block_size": [128, 128]})
+    (peak,) = run_ranks(1, load_many, str(tmp_path), convert)
+    assert peak is not None
+    assert peak <= 16 << 20
+
+
+def test_iter_convert_dequantises_to_the_configs_dtype(tmp_path) -> None:
+    meant = product(large()["w"], large()["w_scale_inv"], BLOCK)
+    for name, dtype in ({"torch_dtype": "float16"}, torch.float16), ({}, torch.bfloat16):
+        ((fqn, tensor),) = loader.iter_convert(save(tmp_path, large(), **name))
+        assert fqn == "w"
+        assert same_bits(tensor, meant.to(dtype))
+
+
+def test_a_target_of_the_stored_dtype_gets_what_is_stored(tmp_path) -> None:
+    state = {key: torch.zeros_like(tensor) for key, tensor in large().items()}
+    loader.load(state, save(tmp_path, large()))
+    assert differences(state, large()) == []
+
+
+def load_halves(directory: str) -> list[str]:
+    """Rank 0 has the weight, rank 1 the scales alone: what one keeps, all keep."""
+    rank = torch.distributed.get_rank()
+    mine = {key: tensor for number, (key, tensor) in enumerate(large().items()) if number == rank}
+    state = {key: torch.zeros_like(tensor) for key, tensor in mine.items()}
+    loader.load(state, directory)
+    return differences(state, mine)
+
+
+def test_what_is_kept_on_one_rank_is_kept_on_all(tmp_path) -> None:
+    assert run_ranks(2, load_halves, save(tmp_path, large())) == [[], []]
+
+
+def run_kept(directory: str, **model: Any) -> int:
+    global EXPECTED  # noqa: PLW0603
+    EXPECTED = large()
+    config = {"source": {"uri": directory}, "model": {"builder": None, "dequantize": False, **model}, "report": None,
+              "mesh": {"dp_shard": 1}, "output": {"entrypoint": f"{__name__}:compare"}}  # fmt: skip
+    with Control.of_group() as control:
+        return run(Config.model_validate(config), control, torch.device("cpu"))()
+
+
+def run_kept_ones(directory: str) -> int:
+    return run_kept(directory, dtype="bfloat16")
+
+
+def run_kept_model(directory: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        run_kept(directory, builder="transformers")
+    return caught.value.message
+
+
+def test_dequantize_false_keeps_weights_and_scales_as_they_are(tmp_path, checkpoints) -> None:
+    assert run_ranks(1, run_kept_ones, save(tmp_path, large(), {"quant_method": "gptq"})) == [0]
+    assert "model.dequantize" in run_ranks(1, run_kept_model, str(checkpoints / "blocks" / "quantised"))[0]
+
+
+def without(key: str) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in large().items() if name != key}
+
+
+W, EXPERTS = large(), {"e_blocks": torch.zeros(2, 4, 3, 16, dtype=torch.uint8)}
+INT4 = {**groups(), "config_groups": {"group_0": {"weights": {"type": "int", "num_bits": 4}}}}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "config", "words"),
+    [
+        (W, {"quant_method": "gptq", "bits": 4}, ["'gptq'", "fp8", "mxfp4", "model.dequantize: false"]),
+        (W, {"quant_method": "bitsandbytes", "load_in_4bit": True}, ["'bitsandbytes'"]),
+        (W, INT4, ["group_0", "num_bits': 4", "symmetric float8"]),
+        (W, groups(symmetric=False), ["group_0", "'symmetric': False"]),
+        (without("w_scale_inv"), BLOCKS, ["w is torch.float8_e4m3fn", "no w_scale_inv", "source.ignore"]),
+        (W, {**BLOCKS, "weight_block_size": [32, 80]}, ["w_scale_inv is [22, 7]", "w is [1024, 512]", "[32, 7]"]),
+        (EXPERTS, {"quant_method": "mxfp4"}, ["e_blocks", "without e_scales"]),
+        ({**EXPERTS, "e_scales": torch.zeros(2, 4, 2)}, {"quant_method": "mxfp4"}, ["[2, 4, 3, 16]", "[2, 4, 2]"]),
+        ({**EXPERTS, "e_scales": torch.zeros(2, 4, 3), "e": torch.zeros(1)}, {"quant_method": "mxfp4"}, ["e is there"]),
+    ],
+)
+def test_what_cannot_be_dequantised_is_named(tmp_path, tensors, config, words) -> None:
+    with pytest.raises(ConversionError) as caught:
+        loader.load({"w": torch.zeros(ROWS, COLUMNS)}, save(tmp_path, tensors, config))
+    assert caught.value.exit_code == 2
+    for word in words:
+        assert word in caught.value.message
+
+
+def test_a_scale_without_a_weight_is_left_to_the_proof_of_coverage(tmp_path) -> None:
+    tensors = {**large(), "v_scale_inv": torch.ones(1)}
+    with pytest.raises(CoverageError, match=r"v_scale_inv \[1\]"):
+        loader.load({"w": torch.zeros(ROWS, COLUMNS)}, save(tmp_path, tensors))
