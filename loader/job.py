@@ -182,7 +182,7 @@ class Job:
         return config_of(unquantised(fields) if self._dequantizes else fields)
 
     def _declared_ties(self) -> Mapping[str, str]:
-        from loader.convert.transformers import declared_ties  # takes seconds to import
+        from loader.convert.named.transformers import declared_ties  # takes seconds to import
 
         return {} if self.source.hf_config is None else declared_ties(self.hf_config())
 

@@ -22,7 +22,7 @@ from transformers.distributed.fsdp import apply_fully_sharded_data_parallelism
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 from transformers.utils import ContextManagers
 
-from loader.convert.transformers import model_class
+from loader.convert.named.transformers import model_class
 from loader.errors import BuilderError, ConfigError, LoaderError
 from loader.place.dtypes import DtypeRule, cast_by_rules
 from loader.place.user_code import told

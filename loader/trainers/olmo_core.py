@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from loader.convert import olmo_core
+from loader.convert.named import olmo_core
 from loader.errors import ConfigError
 from loader.library import load
 from loader.uri import at_revision

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loader.convert import torchtitan
 from loader.convert.lazy import needless
+from loader.convert.named import torchtitan
 from loader.library import load
 from loader.place.targets import clean_fqn, tensors_of_module
 from loader.report import Report
@@ -21,8 +21,8 @@ def load_hf_checkpoint(
     """Fill a torchtitan model, parallelised and with memory, from a checkpoint in Hugging Face layout.
 
     `model_parts` are this rank's pipeline stages, or one model. `adapter` is a `StateDictAdapter` of torchtitan, whose
-    `from_hf` is traced as it is; None takes `loader.convert.torchtitan`, which knows the same families. What modules do
-    to a state dict that they load (a fused `wqkv` from q, k and v) is done here too. `options` are those of
+    `from_hf` is traced as it is; None takes `loader.convert.named.torchtitan`, which knows the same families. What
+    modules do to a state dict that they load (a fused `wqkv` from q, k and v) is done here too. `options` are those of
     `loader.load`. Collective; returns and raises as `loader.load` does, ConversionError for what the adapter raises.
     """
     parts = [model_parts] if isinstance(model_parts, nn.Module) else list(model_parts)

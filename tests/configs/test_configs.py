@@ -10,7 +10,7 @@ import transformers
 from safetensors.torch import load_file
 
 from loader.config import Config, parse, resolve_mesh
-from loader.convert import olmo_core, torchtitan
+from loader.convert.named import olmo_core, torchtitan
 from loader.init_from_hf import main
 from loader.place.targets import tensors_of_module
 from loader.place.transformers_builder import config_of

@@ -15,7 +15,7 @@ import loader
 from loader.convert.conversion import Checkpoint, visible_keys
 from loader.convert.graph import Node
 from loader.convert.lazy import trace
-from loader.convert.olmo_core import convert, convert_dropless, families
+from loader.convert.named.olmo_core import convert, convert_dropless, families
 from loader.errors import CoverageError
 from loader.place.landing import Landings
 from loader.plan.catalog import Catalog, Entry, File
@@ -180,7 +180,7 @@ def grid(tmp_path_factory):
         expected = theirs(tensors, config) if name in RIGHT else dict(convert(tensors, config))
         families[name] = Family(tensors, config.to_dict(), "olmo_core", expected)
         if name in DROPLESS:
-            spec, expected = "loader.convert.olmo_core:convert_dropless", dict(convert_dropless(tensors, config))
+            spec, expected = "loader.convert.named.olmo_core:convert_dropless", dict(convert_dropless(tensors, config))
             families[f"{name}, dropless"] = families[name]._replace(convert=spec, expected=expected)
     write(directory / "all", families)
     return directory / "all"
@@ -212,7 +212,7 @@ def test_experts_for_a_model_of_another_layout(tmp_path):
         caught.value
     )
     assert "experts.3.gate_proj.weight [24, 32]" in str(caught.value)
-    loader.load(state, str(tmp_path), convert="loader.convert.olmo_core:convert_dropless")
+    loader.load(state, str(tmp_path), convert="loader.convert.named.olmo_core:convert_dropless")
 
 
 # ---------------------------------------------------------------- one more model type

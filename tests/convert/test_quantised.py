@@ -21,9 +21,9 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 import loader
 from loader.config import Config
 from loader.convert.graph import Key
+from loader.convert.named.torchtitan import convert as to_torchtitan
 from loader.convert.pull import pull_back
 from loader.convert.quantised import dequantise
-from loader.convert.torchtitan import convert as to_torchtitan
 from loader.errors import ConfigError, ConversionError, CoverageError
 from loader.exchange.control import Control
 from loader.place.transformers_builder import config_of

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, zeros
 
 import loader
-from loader.convert import olmo_core
+from loader.convert.named import olmo_core
 from loader.errors import CoverageError
 from loader.memory import PeakMemory
 from loader.place.transformers_builder import config_of

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import flex_attention
 
 import loader
-from loader.convert.torchtitan import convert, convert_fused
+from loader.convert.named.torchtitan import convert, convert_fused
 from loader.errors import CoverageError
 from loader.trainers.torchtitan import load_hf_checkpoint
 from tests.checkpoints import same_bits
@@ -153,7 +153,7 @@ def grid(tmp_path_factory):
         expected = dict(convert(tensors, config))
         expected |= theirs(name)(tensors, config) if name in LISTED else {}
         families[name] = Family(tensors, config.to_dict(), "torchtitan", expected)
-        spec, expected = "loader.convert.torchtitan:convert_fused", dict(convert_fused(tensors, config))
+        spec, expected = "loader.convert.named.torchtitan:convert_fused", dict(convert_fused(tensors, config))
         families[f"{name}, fused"] = families[name]._replace(convert=spec, expected=expected)
     write(directory / "all", families)
     return directory / "all"

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 import loader
 from loader.config import Config
-from loader.convert.transformers import conversion_for, convert, model_class
+from loader.convert.named.transformers import conversion_for, convert, model_class
 from loader.errors import ConversionError, CoverageError
 from loader.exchange.control import Control
 from loader.place.materialise import materialise

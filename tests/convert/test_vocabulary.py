@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 import loader
 from launch.local_checkpoints import tiny_llama
 from loader.config import Config
-from loader.convert.torchtitan import convert as to_torchtitan
+from loader.convert.named.torchtitan import convert as to_torchtitan
 from loader.errors import CoverageError
 from loader.exchange.control import Control
 from loader.place.transformers_builder import config_of

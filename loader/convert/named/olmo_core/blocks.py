@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loader.convert.family import check_heads
-from loader.convert.olmo_core.layer import Layer, Table
+from loader.convert.named.olmo_core.layer import Layer, Table
 from loader.errors import ConversionError
 
 PRE_NORMS: Table = {

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from loader.convert.family import unknown
-from loader.convert.olmo_core.blocks import (
+from loader.convert.named.olmo_core.blocks import (
     PERI_NORMS,
     PRE_NORMS,
     QK_NORMS,
@@ -20,8 +20,8 @@ from loader.convert.olmo_core.blocks import (
     experts_or_mlp,
     mlp,
 )
-from loader.convert.olmo_core.layer import Layer, Table
-from loader.convert.olmo_core.olmo3moe import olmo3moe
+from loader.convert.named.olmo_core.layer import Layer, Table
+from loader.convert.named.olmo_core.olmo3moe import olmo3moe
 
 
 @dataclass(frozen=True, slots=True)

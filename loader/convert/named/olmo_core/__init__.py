@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from loader.convert.family import head_key, making
-from loader.convert.olmo_core.families import Family, family_of
-from loader.convert.olmo_core.layer import Layer, Table
+from loader.convert.named.olmo_core.families import Family, family_of
+from loader.convert.named.olmo_core.layer import Layer, Table
 
 __all__ = ["convert", "convert_dropless"]
 

@@ -6,8 +6,8 @@ from functools import partial
 
 import torch
 
-from loader.convert.olmo_core.blocks import QK_NORMS, REORDERED_NORMS, attention, mlp
-from loader.convert.olmo_core.layer import Layer, Table
+from loader.convert.named.olmo_core.blocks import QK_NORMS, REORDERED_NORMS, attention, mlp
+from loader.convert.named.olmo_core.layer import Layer, Table
 
 
 def olmo3moe(layer: Layer) -> Table:

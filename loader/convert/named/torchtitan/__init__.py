@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loader.convert.family import head_key, making
 from loader.convert.lazy import needless
-from loader.convert.torchtitan.families import MTP, Layer, Table, family_of, head_dim
+from loader.convert.named.torchtitan.families import MTP, Layer, Table, family_of, head_dim
 
 __all__ = ["COPIES", "convert", "convert_fused", "prediction_layers"]
 
