@@ -12,7 +12,7 @@ import numpy as np
 from loader.build import build_on_meta, needless_keys, own_conversion, wishes_of
 from loader.config import Config, resolve_mesh
 from loader.convert.conversion import Outputs
-from loader.convert.graph import Node, keys_of, partners
+from loader.convert.graph import Node, partners, seen_in
 from loader.errors import ConfigError
 from loader.exchange.control import Control
 from loader.exchange.group import fake_group
@@ -61,10 +61,10 @@ def dry_run(config: Config, control: Control, world: World) -> None:
         together = partners(node for _, built in builds for node in built.outputs.values())
         budget = (config.read.memory_budget, config.read.range_size, job.reserved_bytes)
         terms = Terms.of(together, *budget, waits=bool(together))
-    foresight = Foresight(job.source.catalog.entries)
+    foresight = Foresight(job.source.catalog)
     with control.phase("plan"):
         for ranks, built in builds:
-            foresight.add(built.everywhere, built.outputs, ranks, set(keys_of(*built.wanted)))
+            foresight.add(built.everywhere, built.outputs, ranks, seen_in(*built.wanted))
         outlook = look_ahead(foresight, job.source.catalog, terms, world.host, config.read.share)
     with control.phase("report"):
         report = _report(job, dims, world, foresight, outlook, tensors=len(builds[0][1].wanted))

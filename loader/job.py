@@ -16,7 +16,7 @@ from loader import report as reports
 from loader.config import Read
 from loader.convert.conversion import apply, needless_keys, visible_keys
 from loader.convert.fit import Fitted, Wishes, fit
-from loader.convert.graph import Node, keys_of
+from loader.convert.graph import Node, seen_in
 from loader.convert.lazy import Convert
 from loader.convert.named import NAMED, named
 from loader.convert.quantised import dequantise, dtype_of, is_packed, quantisation, quantised_keys, unquantised
@@ -98,7 +98,7 @@ class Job:
     @property
     def reserved_bytes(self) -> int:
         """What of the memory budget the storage client and the catalog take."""
-        return client_bytes(self.store.uri) + KEY_BYTES * len(self.source.catalog.entries)
+        return client_bytes(self.store.uri) + KEY_BYTES * len(self.source.catalog.keys)
 
     def watch_memory(self) -> None:
         """Measure from now on, with what the client and the catalog hold. Before memory is given to the model."""
@@ -136,7 +136,7 @@ class Job:
             first_values = [initialiser(target, each) for each in new] if isinstance(target, nn.Module) else []
             targets = [each for each in targets if each.fqn not in fitted.new]
         wanted = self.wanted(needless)
-        loaded = self.fill(targets, set(keys_of(*wanted)), self.control, show=True)
+        loaded = self.fill(targets, seen_in(*wanted), self.control, show=True)
         with self.control.phase("initialise"):
             for initialise_one in first_values:
                 initialise_one()
@@ -147,7 +147,7 @@ class Job:
         return fit(self.outputs, tensors, wishes or Wishes(Vocabulary(size=self.vocab_size())), self._declared_ties)
 
     def fill(self, targets: Sequence[Target], wanted: Collection[int], control: Control, *, show: bool) -> Loaded:
-        """Fill `targets` alone, for the ranks of `control`; keys at the positions `wanted` must be used."""
+        """Fill `targets` alone, for the ranks of `control`; the keys of these numbers must be used."""
         return fill(
             targets,
             self.outputs,

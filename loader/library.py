@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from loader.config import Read
-from loader.convert.graph import Node, keys_of
+from loader.convert.graph import Node, seen_in
 from loader.convert.lazy import Convert
 from loader.exchange.control import Control
 from loader.job import Job, conversion_of
@@ -35,10 +35,11 @@ def load(
     """Fill a module's parameters and persistent buffers, or a flat state dict's tensors, from a checkpoint.
 
     `target` holds DTensors (any mesh, any placements) or plain tensors (replicated), with memory, on any device; they
-    are written in place, cast to their own dtype. `uri` is a directory in Hugging Face layout, or one safetensors file,
-    on any fsspec scheme. `convert` is a function `(checkpoint, hf_config)` that gives tensors by FQN, or a name as in
-    the YAML; None keeps HF names and layouts. `ignore` are globs over keys to leave out; `strip_prefix` is taken off
-    keys that begin with it. `read` takes the YAML's keys and values: `share="node"`, `memory_budget="64MiB"`, …
+    are written in place, cast to their own dtype. `uri` is a directory in Hugging Face layout, or one
+    `.safetensors` or `.bin` file, on any fsspec scheme. `convert` is a function `(checkpoint, hf_config)` that gives
+    tensors by FQN, or a name as in the YAML; None keeps HF names and layouts. `ignore` are globs over keys to leave
+    out; `strip_prefix` is taken off keys that begin with it. `read` takes the YAML's keys and values: `share="node"`,
+    `memory_budget="64MiB"`, …
 
     A quantised checkpoint is dequantised, to each tensor's own dtype. Where a tensor of the target is to hold a packed
     key as it is stored (it has the key's name, and its dtype: float8, uint8, int32, …), all keys are kept as they are
@@ -82,8 +83,8 @@ def iter_convert(
         job = Job(uri, dict(storage_options or {}), reading, control)
         job.trace(conversion, ignore, strip_prefix)
         with control.phase("coverage"):
-            unused = frozenset(keys_of(*job.keys.values())) - frozenset(keys_of(*job.outputs.values()))
-            check_unused([unused], job.source.catalog.entries)
+            unused = frozenset(seen_in(*job.keys.values()) - seen_in(*job.outputs.values()))
+            check_unused([unused], job.source.catalog.keys)
     for batch in _batches(job, budget):
         tensors = {fqn: _empty(node, job.dtype_of(node)) for fqn, node in batch.items()}
         with Control(None, 0, 1) as control:

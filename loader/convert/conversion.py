@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from loader.convert.graph import Key, Node
+from loader.convert.graph import Key, Node, Seen
 from loader.convert.lazy import Convert, Declare, LazyTensor, lazy_key, trace
+from loader.convert.strided import strided
 from loader.errors import ConversionError, CoverageError
-from loader.plan.catalog import Catalog
+from loader.plan.catalog import Catalog, View
+from loader.plan.geometry import is_row_major
 
 Outputs = Mapping[str, Node]
 """By FQN, what each output is made of."""
@@ -76,7 +78,9 @@ def visible_keys(catalog: Catalog, ignore: Sequence[str], strip_prefix: str) -> 
     """
     seen: dict[str, str] = {}
     keys: dict[str, Node] = {}
-    for position, (key, entry) in enumerate(catalog.entries.items()):
+    stored = {name: Key(entry.shape, entry.dtype, at) for at, (name, entry) in enumerate(catalog.entries.items())}
+    views: dict[View, Node] = {}  # keys that are one and the same are one node: it is enough if one of them is used
+    for number, (key, found) in enumerate(catalog.keys.items()):
         if any(fnmatch.fnmatchcase(key, glob) for glob in ignore):
             continue
         name = key.removeprefix(strip_prefix)
@@ -85,5 +89,19 @@ def visible_keys(catalog: Catalog, ignore: Sequence[str], strip_prefix: str) -> 
                 f"source.strip_prefix {strip_prefix!r} gives {seen[name]!r} and {key!r} one name, {name!r}: "
                 "leave one of them out with source.ignore"
             )
-        seen[name], keys[name] = key, Key(entry.shape, entry.dtype, position)
+        seen[name] = key
+        if isinstance(found, View):
+            keys[name] = views.setdefault(found, _seen(key, found, stored[found.entry], number))
+        else:
+            keys[name] = stored[key]
     return keys
+
+
+def _seen(key: str, view: View, source: Node, number: int) -> Node:
+    """A view of what is stored. One that is all of it as it stands is another name of a key."""
+    if (view.shape, view.offset) == (source.shape, 0) and is_row_major(view.shape, view.strides):
+        return source
+    try:
+        return Seen(view.shape, source.dtype, strided(source, view.shape, view.offset, view.strides), number)
+    except ConversionError as error:
+        raise ConversionError(f"key {key!r}: {error.message}") from error

@@ -57,6 +57,13 @@ class _Unary(Node):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Seen(_Unary):
+    """The source as it is: a key, by its number among the catalog's, that is stored otherwise than it is seen."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Permute(_Unary):
     """Dim d of it is dim `dims[d]` of the source."""
 
@@ -157,7 +164,7 @@ def _own(node: Node, keys: dict[int, int]) -> Hashable:
     """What a node does with places: all that it has but its inputs and what is done to values; a key by its number."""
     if isinstance(node, Key):
         return keys.setdefault(node.position, len(keys))
-    values = {"shape", "dtype", "source", "parts", "run", "value"}
+    values = {"shape", "dtype", "source", "parts", "run", "value", "number"}
     return tuple(getattr(node, field.name) for field in dataclasses.fields(node) if field.name not in values)
 
 
@@ -185,17 +192,31 @@ def partners(nodes: Iterable[Node]) -> list[set[int]]:
     return list({id(group): group for group in groups.values()}.values())
 
 
-def keys_of(*nodes: Node) -> Iterator[int]:
-    """Positions of the keys that `nodes` are made of, each once."""
+def keys_of(*nodes: Node) -> set[int]:
+    """Positions of the stored keys that `nodes` are made of."""
+    return {node.position for node in _within(nodes) if isinstance(node, Key)}
+
+
+def seen_in(*nodes: Node) -> set[int]:
+    """Numbers among the catalog's keys of those that `nodes` are made of, as they are seen: of two views of what is
+    stored once, one may be used and the other not."""
+    found = set()
+    for node in _within(nodes, below=lambda node: not isinstance(node, Seen)):
+        if isinstance(node, Key):
+            found.add(node.position)
+        elif isinstance(node, Seen):
+            found.add(node.number)
+    return found
+
+
+def _within(nodes: Iterable[Node], below: Callable[[Node], bool] = lambda _: True) -> Iterator[Node]:
+    """The nodes, and those that they are made of where `below` says so, each once."""
     seen: set[int] = set()
-    found: set[int] = set()
     open_nodes = list(nodes)
     while open_nodes:
         current = open_nodes.pop()
-        if id(current) in seen:
-            continue
-        seen.add(id(current))
-        if isinstance(current, Key) and current.position not in found:
-            found.add(current.position)
-            yield current.position
-        open_nodes += current.inputs
+        if id(current) not in seen:
+            seen.add(id(current))
+            yield current
+            if below(current):
+                open_nodes += current.inputs

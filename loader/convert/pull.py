@@ -23,6 +23,7 @@ from loader.convert.graph import (
     Permute,
     Pointwise,
     Reshape,
+    Seen,
     Slice,
     Take,
 )
@@ -100,6 +101,8 @@ def _parts(node: Node, box: Box, view: Tensor) -> Iterator[Part]:
             yield source, _shifted(box, dim, start), view
         case Take(source=source, dim=dim, index=index):
             yield from _taken(source, dim, index, box, view)
+        case Seen(source=source):
+            yield source, box, view
         case Expand(source=source):
             yield from _expanded(source, box, view)
         case Cat(parts=parts, dim=dim):

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from loader.convert.graph import Combine, Node, keys_of
+from loader.convert.graph import Combine, Node, seen_in
 from loader.errors import CoverageError
 
 
@@ -28,7 +28,7 @@ def join_ties(
         if not known:
             ties = declared() if ties is None else ties
             found |= {name: outputs[ties[name]] for name in names if ties.get(name) in outputs}
-        elif len({frozenset(keys_of(outputs[name])) for name in known}) > 1:
+        elif len({frozenset(seen_in(outputs[name])) for name in known}) > 1:
             found |= dict.fromkeys(known, _equal(known, [outputs[name] for name in known]))
     return found
 

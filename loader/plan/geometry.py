@@ -91,6 +91,12 @@ def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(itertools.accumulate(reversed(shape[1:]), lambda a, b: a * b, initial=1))[::-1] if shape else ()
 
 
+def is_row_major(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether a tensor with these strides lies row by row; a dim of size 1 has any stride, an empty tensor any."""
+    expected = contiguous_strides(shape)
+    return 0 in shape or all(n == 1 or s == e for n, s, e in zip(shape, strides, expected, strict=True))
+
+
 def flat_span(shape: Sequence[int], box: Box) -> tuple[int, int]:
     """First flat index of `box` in a tensor of `shape`, and one past its last.
 
@@ -106,6 +112,30 @@ def is_contiguous(shape: Sequence[int], box: Box) -> bool:
     """Whether the box's elements follow each other in a row-major tensor of `shape`."""
     first, stop = flat_span(shape, box)
     return stop - first == box.numel
+
+
+def steps(shape: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
+    """(size, stride) of the dims along which a strided tensor moves, by falling stride: [3, 1, 4], [1, 9, 3] ->
+    [(4, 3), (3, 1)]."""
+    return sorted(((n, s) for n, s in zip(shape, strides, strict=True) if n > 1 and s), key=lambda dim: -dim[1])
+
+
+def strided_box(shape: Sequence[int], offset: int, dims: Sequence[tuple[int, int]]) -> Box | None:
+    """The box of a row-major tensor of `shape` whose elements, in order, are those from flat index `offset` on along
+    `dims`, (size, stride) by falling stride; None where they make no box.
+
+    Shape (100, 20), offset 10, dims [(100, 20), (5, 1)]: all rows, columns 10-14.
+    """
+    offsets, sizes, left = [], [], offset
+    open_dims = list(dims)
+    for size, stride in zip(shape, contiguous_strides(shape), strict=True):
+        at, left = divmod(left, stride) if size else (0, left)
+        taken = open_dims.pop(0)[0] if open_dims and open_dims[0][1] == stride and size > 1 else 1
+        if at + taken > size:
+            return None
+        offsets.append(at)
+        sizes.append(taken)
+    return None if open_dims or left else Box(tuple(offsets), tuple(sizes))
 
 
 def boxes_of_range(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:

@@ -24,6 +24,9 @@ REFUSED = (
 )
 UNREACHED = "Check the endpoint and the network, or raise read.retries or read.deadline"
 
+FILES = (".safetensors", ".bin", ".pt", ".pth")
+"""What a URI that names one file ends with."""
+
 FIRST_WAIT = 0.1
 LONGEST_WAIT = 10.0
 """Full jitter between 0 and min(10 s, 0.1 s x 2^attempt): AWS's advice against synchronised retries."""
@@ -167,9 +170,10 @@ def split_uri(uri: str) -> tuple[str, str | None]:
     """Directory and file name of a source: the name is None where the URI names a directory.
 
     s3://b/llama/model.safetensors -> (s3://b/llama, model.safetensors); s3://b/llama/ -> (s3://b/llama, None)
+    The name of a file has one of the endings FILES.
     """
     path, mark, query = uri.partition("?") if "://" in uri else (uri, "", "")
-    if path.endswith(".safetensors"):
+    if path.endswith(FILES):
         directory, _, name = path.rpartition("/")
         return (directory or ".") + mark + query, name
     return (path.rstrip("/") or "/") + mark + query, None

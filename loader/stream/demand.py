@@ -7,21 +7,24 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from loader.convert.conversion import Outputs
-from loader.convert.graph import Node, keys_of
+from loader.convert.graph import Node, seen_in
 from loader.errors import CoverageError
 from loader.place.landing import Landings
 from loader.place.targets import Target
-from loader.plan.catalog import Entry
+from loader.plan.catalog import Catalog, Entry, View
 from loader.plan.geometry import Box
 from loader.plan.needs import Classes, D, Needs, collect_needs
 
 LISTED = 10
 """How many keys an error lists."""
 
+Keys = Mapping[str, Entry | View]
+"""The catalog's, in its order."""
+
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """A rank's needs, and the positions of the keys that it has no use for: what no rank uses is an error."""
+    """A rank's needs, and the numbers of the catalog's keys that it has no use for: what no rank uses is an error."""
 
     needs: Needs
     unused: frozenset[int]
@@ -32,24 +35,25 @@ class Demand:
 
 
 def make_demand(
-    targets: Iterable[Target], outputs: Outputs, entries: Mapping[str, Entry], visible: Collection[int], portion: int
+    targets: Iterable[Target], outputs: Outputs, catalog: Catalog, wanted: Collection[int], portion: int
 ) -> tuple[Demand, Landings]:
     """Pull every target back to boxes of keys, and lay out where each box lands.
 
-    `entries` are the catalog's; `visible` are the positions of keys that must be used by some rank. An op on several
-    tensors holds `portion` elements of each at a time. Raises CoverageError for an FQN that the conversion does not
-    make, or makes in another shape.
+    `wanted` are the numbers of the catalog's keys that must be used by some rank. An op on several tensors holds
+    `portion` elements of each at a time. Raises CoverageError for an FQN that the conversion does not make, or makes in
+    another shape.
     """
     landings = Landings(portion)
     boxes: list[tuple[int, Box]] = []
     used: set[int] = set()
+    keys = catalog.keys
     for target in targets:
-        known = sources_of(target.names, target.shape, outputs, entries)
+        known = sources_of(target.names, target.shape, outputs, keys)
         for node in known:
-            used.update(keys_of(node))
+            used.update(seen_in(node))
         boxes += pull_target(target, known[0], landings)
-    needs = collect_needs(boxes, [entry.shape for entry in entries.values()])
-    return Demand(needs, frozenset(visible) - used), landings
+    needs = collect_needs(boxes, [entry.shape for entry in catalog.entries.values()])
+    return Demand(needs, frozenset(wanted) - used), landings
 
 
 def pull_target(target: Target, node: Node, landings: Landings) -> Iterator[tuple[int, Box]]:
@@ -59,9 +63,7 @@ def pull_target(target: Target, node: Node, landings: Landings) -> Iterator[tupl
         yield from landings.add(node, box, target.tensor[box.slices(origin)])
 
 
-def sources_of(
-    names: Sequence[str], shape: tuple[int, ...], outputs: Outputs, entries: Mapping[str, Entry]
-) -> list[Node]:
+def sources_of(names: Sequence[str], shape: tuple[int, ...], outputs: Outputs, keys: Keys) -> list[Node]:
     """What a tensor of these names is made of, under each name that the conversion makes: a tied one may be there under
     any. Raises CoverageError where it is under none, or in another shape."""
     known = [fqn for fqn in names if fqn in outputs]
@@ -76,8 +78,8 @@ def sources_of(
     for fqn in known:
         found = outputs[fqn]
         if found.shape != shape:
-            keys = list(entries)
-            made_of = _listed([keys[at] for at in sorted(keys_of(found))], entries) or "no key"
+            known_keys = list(keys)
+            made_of = _listed([known_keys[number] for number in sorted(seen_in(found))], keys) or "no key"
             raise CoverageError(
                 f"{fqn}: the model's shape is {list(shape)}, the checkpoint's {list(found.shape)}, "
                 f"of {made_of}. Is it the checkpoint of this config?"
@@ -90,18 +92,18 @@ def classes_of(ranks: Iterable[int], digests: Sequence[D], demands: Mapping[D, D
     return Classes.of({rank: digests[rank] for rank in ranks}, {each: demands[each].needs for each in demands})
 
 
-def check_unused(unused: Iterable[frozenset[int]], entries: Mapping[str, Entry]) -> None:
+def check_unused(unused: Iterable[frozenset[int]], keys: Keys) -> None:
     """Raise CoverageError for keys of the catalog that no rank uses."""
-    keys = list(entries)
-    left = sorted(keys[position] for position in frozenset.intersection(*unused))
+    names = list(keys)
+    left = sorted(names[number] for number in frozenset.intersection(*unused))
     if left:
         raise CoverageError(
-            f"{len(left)} checkpoint keys have no target: {_listed(left, entries)}. "
+            f"{len(left)} checkpoint keys have no target: {_listed(left, keys)}. "
             "List them in source.ignore if they are not wanted, or check that the model is the checkpoint's"
         )
 
 
-def _listed(keys: Sequence[str], entries: Mapping[str, Entry]) -> str:
+def _listed(names: Sequence[str], keys: Keys) -> str:
     """Keys with their shapes, the first of them where there are many."""
-    rest = f" and {len(keys) - LISTED} more" if len(keys) > LISTED else ""
-    return ", ".join(f"{key} {list(entries[key].shape)}" for key in keys[:LISTED]) + rest
+    rest = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(f"{name} {list(keys[name].shape)}" for name in names[:LISTED]) + rest

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Hashable, Iterable, Mapping
+from collections.abc import Collection, Hashable, Iterable
 from typing import NamedTuple
 
 import numpy as np
 
 from loader.convert.conversion import Outputs
-from loader.convert.graph import Node, form, keys_of
+from loader.convert.graph import Node, form, seen_in
 from loader.place.everywhere import Coordinate, Everywhere, Part
 from loader.place.landing import Landings
 from loader.place.targets import Target
-from loader.plan.catalog import Entry
+from loader.plan.catalog import Catalog
 from loader.plan.geometry import Box
 from loader.plan.needs import Ints, NeedGroup, Needs, needed_once
 from loader.stream.demand import Demand, pull_target, sources_of
@@ -49,21 +49,21 @@ class Bundle(NamedTuple):
 class Foresight:
     """The demands of all ranks, as `make_demand` would find them on each: `ranks`, and distinct `demands` by number."""
 
-    def __init__(self, entries: Mapping[str, Entry]) -> None:
+    def __init__(self, catalog: Catalog) -> None:
         self.ranks: dict[int, Rank] = {}
         self.demands: dict[int, Demand] = {}
-        self._entries = entries
+        self._catalog = catalog
         self._arrays: dict[bytes, Ints] = {}  # equal arrays of keys are one, for the planner too
         self._numbers: dict[Hashable, int] = {}
 
-    def add(self, everywhere: Everywhere, outputs: Outputs, ranks: Iterable[int], visible: Collection[int]) -> None:
+    def add(self, everywhere: Everywhere, outputs: Outputs, ranks: Iterable[int], wanted: Collection[int]) -> None:
         """Find the demands of `ranks`, which hold what `everywhere` says, made of `outputs`; keys at the positions
-        `visible` must be used.
+        `wanted` must be used.
 
         Raises CoverageError for what a conversion does not make, or makes in another shape.
         """
-        model = _Alike(everywhere, outputs, self._entries)
-        unused = frozenset(visible) - model.used
+        model = _Alike(everywhere, outputs, self._catalog)
+        unused = frozenset(wanted) - model.used
         together: dict[tuple[int, ...], Ints] = {}
         for alike in everywhere.alike(ranks):
             groups = []
@@ -89,19 +89,20 @@ class _Share(NamedTuple):
 class _Alike:
     """A model's targets by kind, and the keys that they are made of by slot."""
 
-    def __init__(self, everywhere: Everywhere, outputs: Outputs, entries: Mapping[str, Entry]) -> None:
+    def __init__(self, everywhere: Everywhere, outputs: Outputs, catalog: Catalog) -> None:
         self._everywhere = everywhere
         self.used: set[int] = set()
         kinds: dict[Hashable, Kind] = {}
+        names = catalog.keys
         for part in everywhere.parts:
-            known = sources_of(part.names, part.shape, outputs, entries)
+            known = sources_of(part.names, part.shape, outputs, names)
             for node in known:
-                self.used.update(keys_of(node))
+                self.used.update(seen_in(node))
             shape, keys = form(known[0])
             kind = kinds.setdefault((shape, part.dtype, part.grid, part.placements), Kind(part, known[0], []))
             kind.members.append(keys)
         self.kinds = tuple(kinds.values())
-        self.bundles = self._bundles([entry.shape for entry in entries.values()])
+        self.bundles = self._bundles([entry.shape for entry in catalog.entries.values()])
         self._bundles_of: dict[Slot, list[int]] = {}
         for number, bundle in enumerate(self.bundles):
             for slot in bundle.slots:

@@ -45,7 +45,7 @@ def fill(
     targets: Sequence[Target],
     outputs: Outputs,
     catalog: Catalog,
-    visible: Collection[int],
+    wanted: Collection[int],
     store: Store,
     control: Control,
     *,
@@ -70,7 +70,7 @@ def fill(
         waits = on_any_rank(control, "waits", bool(together))
         terms = Terms.of(together, memory_budget, range_size, reserved, waits=waits)
     with control.phase("targets"):
-        demand, landings = make_demand(targets, outputs, catalog.entries, visible, terms.portion)
+        demand, landings = make_demand(targets, outputs, catalog, wanted, terms.portion)
     planned = agree_on_plan(control, demand, catalog, share=share, node=node, terms=terms)
     schedule = Schedule(planned.plan, list(catalog.entries.values()), control.rank)
     plan_seconds = time.monotonic() - begun

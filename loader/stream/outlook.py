@@ -33,7 +33,7 @@ def look_ahead(foresight: Foresight, catalog: Catalog, terms: Terms, host: Ints,
     Domains of ranks with the same demands are planned once. Raises CoverageError and MemoryBudgetError.
     """
     entries = list(catalog.entries.values())
-    check_unused((each.unused for each in foresight.demands.values()), catalog.entries)
+    check_unused((each.unused for each in foresight.demands.values()), catalog.keys)
     demands = [foresight.ranks[rank].demand for rank in range(len(host))]
     columns = Forecast(*(np.zeros(len(host), np.int64) for _ in Forecast._fields))
     between_hosts = np.zeros((2, int(host[-1]) + 1), np.int64)

@@ -97,14 +97,14 @@ def agree_on_plan(
         if control.rank == domain[0]:
             demands = _distinct(control, domain, digests, spokesman)
             if control.rank == 0 and share == "world":
-                check_unused((each.unused for each in demands.values()), catalog.entries)
+                check_unused((each.unused for each in demands.values()), catalog.keys)
             made = make_plan(entries, classes_of(domain, digests, demands), terms.limits, terms.partners)
             plan, needed = pack(made), made.needed_bytes
             control.put("reads", pack(made.read_bytes))
         if control.rank == 0 and share != "world":
             everyone = range(control.world_size)
             demands = _distinct(control, everyone, digests, spokesman)
-            check_unused((each.unused for each in demands.values()), catalog.entries)
+            check_unused((each.unused for each in demands.values()), catalog.keys)
             needed = cut_extents(entries, classes_of(everyone, digests, demands), terms.limits.range_bytes).needed_bytes
         if control.rank == 0:
             totals = pack((needed, sum(map(unpack, control.take("reads", [each[0] for each in domains])))))

@@ -46,8 +46,8 @@ def measure(layers, ranks):
     outputs = apply(stack_experts, visible, None)
     traced = time.perf_counter()
     targets = [target(fqn, node, ranks) for fqn, node in outputs.items()]
-    demand, _ = make_demand(targets, outputs, catalog.entries, range(len(entries)), 1 << 20)
-    check_unused([demand.unused], catalog.entries)
+    demand, _ = make_demand(targets, outputs, catalog, range(len(entries)), 1 << 20)
+    check_unused([demand.unused], catalog.keys)
     return len(names), len(outputs), traced - begun, time.perf_counter() - traced
 
 

@@ -5,11 +5,13 @@ from hypothesis import strategies as st
 
 from loader.errors import CatalogError
 from loader.formats.layout import Layout, assemble, choose, weight_files
-from loader.plan.catalog import Entry, File
+from loader.plan.catalog import Contents, Entry, File, View
 
 URI = "s3://models/llama"
 INDEX = "model.safetensors.index.json"
 NUMBERED = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+BINS = [f"pytorch_model-0000{i}-of-00003.bin" for i in (1, 2, 3)]
+BIN_INDEX = "pytorch_model.bin.index.json"
 OTHERS = ["config.json", "tokenizer.json", "README.md", "pytorch_model.bin"]
 
 
@@ -28,14 +30,40 @@ OTHERS = ["config.json", "tokenizer.json", "README.md", "pytorch_model.bin"]
         (NUMBERED[::-1], None, NUMBERED),
         ([*NUMBERED, "consolidated.safetensors"], None, NUMBERED),
         ([*NUMBERED, "consolidated.safetensors.index.json"], None, NUMBERED),
-        (["consolidated.safetensors"], None, ["consolidated.safetensors"]),
-        (["consolidated.safetensors.index.json"], "consolidated.safetensors.index.json", []),
         (["m-0-of-2.safetensors", "m-1-of-2.safetensors"], None, ["m-0-of-2.safetensors", "m-1-of-2.safetensors"]),
     ],
 )
 def test_choose(names, index, files):
-    assert choose([*names, *OTHERS], URI) == Layout(index, tuple(files))
-    assert choose({*names[::-1], *OTHERS}, URI) == Layout(index, tuple(files))
+    for there in ([*names, *OTHERS], {*names[::-1], *OTHERS}):
+        layout = choose(there, URI)
+        assert (layout.index, layout.files) == (index, tuple(files))
+        assert "pytorch_model.bin" in layout.passed_over
+
+
+@pytest.mark.parametrize(
+    ("names", "layout"),
+    [
+        ([BIN_INDEX, *BINS], Layout(BIN_INDEX, ())),
+        (["pytorch_model.bin"], Layout(None, ("pytorch_model.bin",))),
+        (BINS, Layout(None, tuple(BINS))),
+        ([*BINS, "training_args.bin", "optimizer.bin", "scheduler.bin"], Layout(None, tuple(BINS))),
+        ([*BINS, "adapter_model.bin"], Layout(None, tuple(BINS), ("adapter_model.bin",))),
+        (["consolidated.safetensors"], Layout(None, ("consolidated.safetensors",))),
+        (["consolidated.safetensors.index.json"], Layout("consolidated.safetensors.index.json", ())),
+        (["diffusion_pytorch_model.bin"], Layout(None, ("diffusion_pytorch_model.bin",))),
+        (["a.bin.index.json", "a-1-of-2.bin"], Layout("a.bin.index.json", ())),
+        ([*BINS, BIN_INDEX, "model.safetensors"], Layout(None, ("model.safetensors",), tuple(BINS))),
+        ([*BINS, INDEX, *NUMBERED], Layout(INDEX, (), tuple(BINS))),
+        ([*NUMBERED, "adapter_model.safetensors"], Layout(None, tuple(NUMBERED), ("adapter_model.safetensors",))),
+        (
+            ["pytorch_model.bin", "consolidated.safetensors"],
+            Layout(None, ("pytorch_model.bin",), ("consolidated.safetensors",)),
+        ),
+    ],
+)
+def test_bin_files_where_there_is_nothing_better(names, layout):
+    found = choose([*names, "config.json"], URI)
+    assert (found, found.passed_over) == (layout, layout.passed_over)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +71,9 @@ def test_choose(names, index, files):
     [
         ([], ["There is nothing", "Check the URI", "model.safetensors"]),
         (["config.json", "a\nb"], ["There are: 'a\\nb', config.json.", "model.safetensors.index.json"]),
-        (["pytorch_model.bin"], ["There are: pytorch_model.bin.", "`.bin` files are not supported yet"]),
+        (["training_args.bin"], ["There are: training_args.bin.", "pytorch_model.bin"]),
+        (["consolidated.00.pth"], ["There are: consolidated.00.pth.", "source.uri"]),
+        (BINS[::2], ["2 of 3 files pytorch_model-*-of-00003.bin are there", f"missing are {BINS[1]}."]),
         ([f"file{i:03}" for i in range(100)], ["file019 and 80 more"]),
         (["a.safetensors.index.json", "b.safetensors.index.json"], ["several indexes", "a.safetensors.index.json, b."]),
         (NUMBERED[::2], ["2 of 3 files model-*-of-00003.safetensors are there", f"missing are {NUMBERED[1]}."]),
@@ -87,7 +117,7 @@ def headers(*keys_of_files):
     files = [File(f"{i}.safetensors", 100, "pin", 50) for i in range(len(keys_of_files))]
     entry = {"dtype": torch.uint8, "shape": (1,)}
     return files, [
-        {key: Entry(**entry, file=number, start=50 + i, stop=51 + i) for i, key in enumerate(keys)}
+        Contents({key: Entry(**entry, file=number, start=50 + i, stop=51 + i) for i, key in enumerate(keys)})
         for number, keys in enumerate(keys_of_files)
     ]
 
@@ -122,3 +152,15 @@ def test_files_and_index_that_differ_are_refused(keys_of_files, weight_map, part
         assemble(files, found, weight_map=weight_map, index=INDEX)
     for part in parts:
         assert part in error.value.message
+
+
+def test_a_key_that_is_a_view_is_in_a_file_as_well():
+    files, found = headers("a", "b")
+    found[1] = found[1]._replace(views={"c": View("b", (1,), 0, (1,))})
+    weight_map = {"a": "0.safetensors", "b": "1.safetensors", "c": "1.safetensors"}
+    assert list(assemble(files, found, weight_map=weight_map, index=INDEX).keys) == ["a", "b", "c"]
+    with pytest.raises(CatalogError, match="holds key 'c'"):
+        assemble(files, found, weight_map={"a": "0.safetensors", "b": "1.safetensors"}, index=INDEX)
+    found[0] = found[0]._replace(views={"b": View("a", (1,), 0, (1,))})
+    with pytest.raises(CatalogError, match="key 'b' is in two files"):
+        assemble(files, found)

@@ -63,11 +63,11 @@ def assert_foreseen(
             Part((fqn,), node.shape, node.dtype, mesh, tuple(fit(p, len(node.shape)) for p in placements or ()))
         )
     everywhere = Everywhere(tuple(parts), (Grid((), np.zeros((WORLD, 0), np.int64)), grid()))
-    found = Foresight(catalog.entries)
+    found = Foresight(catalog)
     found.add(everywhere, outputs, range(WORLD), range(len(shapes)))
     for rank in range(WORLD):
         targets = [everywhere.target(part, everywhere.coordinate(part, rank)) for part in parts]
-        expected, _ = make_demand(targets, outputs, catalog.entries, range(len(shapes)), portion)
+        expected, _ = make_demand(targets, outputs, catalog, range(len(shapes)), portion)
         mine = found.ranks[rank]
         assert found.demands[mine.demand].digest == expected.digest
         assert mine.shard_bytes == sum(target.tensor.nbytes for target in targets)
