@@ -32,7 +32,7 @@ from loader.store.base import Access
 from loader.store.schemes import client_bytes, import_scheme
 from loader.store.source import Source, read_source
 from loader.store.store import Store
-from loader.stream.load import Loaded, fill
+from loader.stream.load import Loaded, Manner, fill
 from loader.stream.planning import on_any_rank, pack, unpack
 
 KEY_BYTES = 1600
@@ -148,13 +148,7 @@ class Job:
 
     def fill(self, targets: Sequence[Target], wanted: Collection[int], control: Control, *, show: bool) -> Loaded:
         """Fill `targets` alone, for the ranks of `control`; the keys of these numbers must be used."""
-        return fill(
-            targets,
-            self.outputs,
-            self.source.catalog,
-            wanted,
-            self.store,
-            control,
+        manner = Manner(
             share=self.read.share,
             node=node_name(),
             memory_budget=self.read.memory_budget,
@@ -162,9 +156,9 @@ class Job:
             range_size=self.read.range_size,
             concurrency=self.read.concurrency,
             deadline=self.read.deadline,
-            memory=self.memory,
-            show=show,
         )
+        catalog = self.source.catalog
+        return fill(targets, self.outputs, catalog, wanted, self.store, control, manner, self.memory, show=show)
 
     def hf_config(self) -> PreTrainedConfig:
         """The checkpoint's config, as transformers reads it; without its quantisation, where that is undone.

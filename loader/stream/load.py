@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -41,6 +42,20 @@ class Loaded:
     seconds: Seconds
 
 
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """How a rank reads: the YAML's `read` (bytes, seconds), the node that it is on, and how much of the memory budget
+    its caller's storage client and catalog take."""
+
+    share: Share
+    node: str
+    memory_budget: int
+    reserved: int
+    range_size: int
+    concurrency: int
+    deadline: float
+
+
 def fill(
     targets: Sequence[Target],
     outputs: Outputs,
@@ -48,56 +63,41 @@ def fill(
     wanted: Collection[int],
     store: Store,
     control: Control,
-    *,
-    share: Share,
-    node: str,
-    memory_budget: int,
-    reserved: int,
-    range_size: int,
-    concurrency: int,
-    deadline: float,
+    manner: Manner,
     memory: PeakMemory,
+    *,
     show: bool,
 ) -> Loaded:
     """Fill `targets` from the catalogued files. Collective; either every rank returns or every rank raises one error.
 
-    `reserved` bytes of the budget are taken by what the caller holds. `memory` is started by the caller and stopped
-    here. `show` is whether rank 0 shows the progress.
+    `wanted` are the numbers of the catalog's keys that must be used (see `make_demand`). `memory` is started by the
+    caller and stopped here. `show` is whether rank 0 shows the progress.
     """
     begun = time.monotonic()
     with control.phase("budget"):
         together = partners(outputs.values())
         waits = on_any_rank(control, "waits", bool(together))
-        terms = Terms.of(together, memory_budget, range_size, reserved, waits=waits)
+        terms = Terms.of(together, manner.memory_budget, manner.range_size, manner.reserved, waits=waits)
     with control.phase("targets"):
         demand, landings = make_demand(targets, outputs, catalog, wanted, terms.portion)
-    planned = agree_on_plan(control, demand, catalog, share=share, node=node, terms=terms)
+    planned = agree_on_plan(control, demand, catalog, share=manner.share, node=manner.node, terms=terms)
     schedule = Schedule(planned.plan, list(catalog.entries.values()), control.rank)
     plan_seconds = time.monotonic() - begun
     fresh = untouched_bytes(target.tensor for target in targets) or 0
     memory.landed = lambda: min(fresh, landings.landed_bytes)
-    transport = _connect(control, deadline) if control.world_size > 1 and share != "none" else None
-
-    def read_range(file: int, start: int, memory: Tensor) -> None:
-        found = catalog.files[file]
-        store.read(found.name, found.pin, start, memory.numpy().data)
-
-    pipeline = Pipeline(
-        schedule,
-        list(catalog.entries.values()),
-        read_range,
-        landings,
-        control,
-        transport,
-        slots=terms.limits.rounds_in_flight,
-        concurrency=concurrency,
-    )
     landings.fill()
-    try:
+    with _transport(control, manner) as transport:
+        pipeline = Pipeline(
+            schedule,
+            list(catalog.entries.values()),
+            _reader(catalog, store),
+            landings,
+            control,
+            transport,
+            slots=terms.limits.rounds_in_flight,
+            concurrency=manner.concurrency,
+        )
         _run(pipeline, control, planned.read_bytes if show else None)
-    finally:
-        if transport is not None and not isinstance(control.error, LostRankError):
-            transport.close()
     peak = memory.stop()
     memory.landed = lambda: 0  # what has landed is the caller's alone now
     return Loaded(
@@ -110,12 +110,29 @@ def fill(
     )
 
 
-def _connect(control: Control, deadline: float) -> Transport:
-    """All ranks of the job make the transport together, also those that will have nothing to send."""
+def _reader(catalog: Catalog, store: Store) -> Callable[[int, int, Tensor], None]:
+    def read_range(file: int, start: int, memory: Tensor) -> None:
+        found = catalog.files[file]
+        store.read(found.name, found.pin, start, memory.numpy().data)
+
+    return read_range
+
+
+@contextmanager
+def _transport(control: Control, manner: Manner) -> Iterator[Transport | None]:
+    """All ranks of the job make the transport together, also those that will have nothing to send. A rank alone, or
+    for itself, needs none; after a lost rank it is left as it is, for closing it would wait."""
+    if control.world_size == 1 or manner.share == "none":
+        yield None
+        return
     made: list[Transport] = []
     with control.phase("connect"):
-        _wait_for(lambda: made.append(Transport(2 * deadline)), control, "loader-connect")
-    return made[0]
+        _wait_for(lambda: made.append(Transport(2 * manner.deadline)), control, "loader-connect")
+    try:
+        yield made[0]
+    finally:
+        if not isinstance(control.error, LostRankError):
+            made[0].close()
 
 
 def _run(pipeline: Pipeline, control: Control, total: int | None) -> None:
