@@ -160,7 +160,9 @@ def _suffer(uri: str, endpoints: Sequence[str]) -> dict[str, Any]:
             begun = time.monotonic()
             try:
                 options = {"config_kwargs": {"user_agent_extra": f"load/{name}"}}
-                more = {"retries": 30, "timeout": "30s"} if name in MENDED else {}  # what passes by may hit one range again
+                more = (
+                    {"retries": 30, "timeout": "30s"} if name in MENDED else {}
+                )  # what passes by may hit one range again
                 told[name] = loader.load(target, uri, storage_options=options, **READ | more)
                 assert differences(target, expected) == [], name
             except LoaderError as error:

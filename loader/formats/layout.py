@@ -66,10 +66,10 @@ class Layout:
 def choose(names: Collection[str], uri: str) -> Layout:
     """Choose the checkpoint's files among the `names` in the directory `uri` (as errors may show it: without secrets).
 
-    The first of these that is there: `model.safetensors.index.json`, `model.safetensors`, the only other index (as
-    `diffusion_pytorch_model.safetensors.index.json`), the numbered files `model-*-of-*.safetensors`, all safetensors
-    files. Without any of these the same of `.bin`, with `pytorch_model` for `model`. Mistral's `consolidated*`, the
-    same weights under other keys, count only where there is nothing else.
+    The first of these that is there, as transformers chooses: `model.safetensors`, `model.safetensors.index.json`; then
+    the only other index (as `diffusion_pytorch_model.safetensors.index.json`), the numbered files
+    `model-*-of-*.safetensors`, all safetensors files. Without any of these the same of `.bin`, with `pytorch_model` for
+    `model`. Mistral's `consolidated*`, the same weights under other keys, count only where there is nothing else.
 
     Raises CatalogError where nothing is found, several indexes are, or a file of a numbered set is missing.
     """
@@ -88,10 +88,10 @@ def _choose(form: Format, held: Sequence[str], uri: str) -> tuple[str | None, tu
     """The index or the files, among those that are of this format."""
     indexes = [name for name in held if name.endswith(_INDEX)]
     files = tuple(name for name in held if not name.endswith(_INDEX))
-    if form.index in indexes:
-        return form.index, ()
     if form.one in files:
         return None, (form.one,)
+    if form.index in indexes:
+        return form.index, ()
     if len(indexes) == 1:
         return indexes[0], ()
     if indexes:

@@ -19,7 +19,7 @@ OTHERS = ["config.json", "tokenizer.json", "README.md", "pytorch_model.bin"]
     ("names", "index", "files"),
     [
         ([INDEX, *NUMBERED], INDEX, []),
-        ([INDEX, *NUMBERED, "model.safetensors"], INDEX, []),
+        ([INDEX, *NUMBERED, "model.safetensors"], None, ["model.safetensors"]),
         ([INDEX, "model.fp16.safetensors.index.json"], INDEX, []),
         (["model.safetensors"], None, ["model.safetensors"]),
         (["model.safetensors", "adapter_model.safetensors", "model.fp16.safetensors"], None, ["model.safetensors"]),
