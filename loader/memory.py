@@ -16,6 +16,10 @@ import numpy as np
 from torch import Tensor
 
 _RSS = re.compile(rb"^Rss(?:Anon|Shmem):\s+(\d+) kB", re.MULTILINE)
+NOTICED = 256 << 10
+"""Bytes that may land during a sample. After TRIES samples the last counts, however many did."""
+TRIES = 10
+
 _CHUNK = 1 << 30
 """Bytes asked about in one mincore call: its answer is then 256 KiB, however large the storage."""
 
@@ -68,8 +72,17 @@ class PeakMemory:
         last = False
         while not last:
             last = self._stop.wait(self._interval)
+            self._peak = max(self._peak or 0, self._sample())
+
+    def _sample(self) -> int:
+        """Bytes above the baseline and the shards. Once more where much landed meanwhile: on a busy machine this thread
+        may stand still between its two looks, and what landed then would pass for overhead."""
+        for _ in range(TRIES):
             landed = self.landed()
-            self._peak = max(self._peak or 0, _anonymous(self._status) - self._baseline - landed)
+            found = _anonymous(self._status) - self._baseline - landed
+            if self.landed() - landed < NOTICED:
+                break
+        return found
 
 
 def anonymous_bytes() -> int:
