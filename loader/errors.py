@@ -6,10 +6,12 @@
     │   ├── BuilderError         the model could not be built or holds what cannot be filled
     │   ├── CatalogError         the source: missing, unreadable, or a header or index that lies
     │   ├── ConversionError      a conversion that cannot be traced or run
-    │   └── CoverageError        a parameter without a source, a key without a target, shapes that differ
+    │   ├── CoverageError        a parameter without a source, a key without a target, shapes that differ
+    │   └── FingerprintError     the weights are other ones than expected
     ├── StoreError               a range that could not be read, after all retries
     │   └── PinError             an object changed while it was read
     ├── MemoryBudgetError        the plan does not fit `read.memory_budget`
+    ├── CorruptionError          a bit flipped on the way or in a rank's memory
     ├── SinkError                the result could not be written
     ├── LostRankError            a rank, or the store that ranks talk through, is gone
     └── InternalError            ours: a bug in the loader
@@ -62,6 +64,10 @@ class CoverageError(UserError):
     """The checkpoint and the model do not cover each other exactly."""
 
 
+class FingerprintError(UserError):
+    """The weights are other ones than `expect` says: of another checkpoint, conversion or dtype."""
+
+
 class StoreError(LoaderError):
     """A range that could not be read, after all retries."""
 
@@ -72,6 +78,10 @@ class PinError(StoreError):
 
 class MemoryBudgetError(LoaderError):
     """The plan does not fit the memory budget."""
+
+
+class CorruptionError(LoaderError):
+    """What two ranks should have alike differs: a bit flipped on the way, or in the memory of one."""
 
 
 class SinkError(LoaderError):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from loader import report as reports
-from loader.config import Read
+from loader.config import Proof, Read
 from loader.convert.conversion import apply, needless_keys, visible_keys
 from loader.convert.fit import Fitted, Wishes, fit
 from loader.convert.graph import Node, seen_in
@@ -34,6 +34,7 @@ from loader.store.source import Source, read_source
 from loader.store.store import Store
 from loader.stream.load import Loaded, Manner, fill
 from loader.stream.planning import on_any_rank, pack, unpack
+from loader.stream.verify import agree_on_fingerprint, check_fingerprint
 
 KEY_BYTES = 1600
 """What a key takes in the catalog: 7.6 MiB for 5,000 of a Llama's, with what parsing them leaves behind."""
@@ -111,11 +112,12 @@ class Job:
         mesh: Mapping[str, int],
         needless: Collection[str] = (),
         wishes: Wishes | None = None,
+        proof: Proof | None = None,
     ) -> reports.Report:
         """Fill `target`, and report on it, on every rank. `needless` are visible keys that need no target; `wishes`
-        say in what a target, which is a module, may differ from the checkpoint."""
+        say in what a target, which is a module, may differ from the checkpoint; `proof` what is to be proved of it."""
         try:
-            return self._load(target, mesh, needless, wishes)
+            return self._load(target, mesh, needless, wishes, proof or Proof())
         finally:
             self.memory.stop()
             self.store.close()
@@ -126,6 +128,7 @@ class Job:
         mesh: Mapping[str, int],
         needless: Collection[str],
         wishes: Wishes | None,
+        proof: Proof,
     ) -> reports.Report:
         with self.control.phase("place"):
             targets = targets_of(target)
@@ -134,13 +137,17 @@ class Job:
             self.outputs = fitted.outputs
             new = [each for each in targets if each.fqn in fitted.new]
             first_values = [initialiser(target, each) for each in new] if isinstance(target, nn.Module) else []
-            targets = [each for each in targets if each.fqn not in fitted.new]
+            sourced = [each for each in targets if each.fqn not in fitted.new]
         wanted = self.wanted(needless)
-        loaded = self.fill(targets, seen_in(*wanted), self.control, show=True)
+        loaded = self.fill(sourced, seen_in(*wanted), self.control, show=True)
         with self.control.phase("initialise"):
             for initialise_one in first_values:
                 initialise_one()
-        return self._report(loaded, mesh, len(wanted))
+        fingerprint = None
+        if proof.verify == "fingerprint":
+            fingerprint = agree_on_fingerprint(self.control, targets)
+            check_fingerprint(fingerprint, proof.expect)
+        return self._report(loaded, mesh, len(wanted), fingerprint)
 
     def fit(self, tensors: Mapping[tuple[str, ...], tuple[int, ...]], wishes: Wishes | None) -> Fitted:
         """The outputs, fitted to a model's tensors: by all the FQNs of each its shape."""
@@ -200,7 +207,7 @@ class Job:
             pins={file.name: file.pin for file in catalog.files},
         )
 
-    def _report(self, loaded: Loaded, mesh: Mapping[str, int], tensors: int) -> reports.Report:
+    def _report(self, loaded: Loaded, mesh: Mapping[str, int], tensors: int, fingerprint: str | None) -> reports.Report:
         control, tally = self.control, self.store.tally
         mine = reports.RankReport(
             rank=control.rank,
@@ -234,6 +241,7 @@ class Job:
                         tensors=tensors,
                         needed_bytes=loaded.needed_bytes,
                         budget_bytes=self.read.memory_budget,
+                        fingerprint=fingerprint,
                     )
                 )
             report: reports.Report = unpack(control.broadcast("merged", merged))

@@ -1,17 +1,18 @@
-"""`loader.load`, for a trainer that has its model already, and `loader.iter_convert`, for one process without one."""
+"""`loader.load` and `loader.fingerprint`, for a trainer that has its model already, and `loader.iter_convert`, for one
+process without one."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from loader.config import Read
+from loader.config import Proof, Read
 from loader.convert.graph import Node, seen_in
 from loader.convert.lazy import Convert
 from loader.exchange.control import Control
@@ -20,6 +21,7 @@ from loader.place.targets import targets_of, tensors_of_module
 from loader.report import Report
 from loader.stream.buffers import own_memory
 from loader.stream.demand import check_unused
+from loader.stream.verify import agree_on_fingerprint
 
 
 def load(
@@ -30,6 +32,8 @@ def load(
     storage_options: Mapping[str, Any] | None = None,
     ignore: Sequence[str] = (),
     strip_prefix: str = "",
+    verify: Literal["fingerprint"] | None = None,
+    expect: str | None = None,
     **read: Any,
 ) -> Report:
     """Fill a module's parameters and persistent buffers, or a flat state dict's tensors, from a checkpoint.
@@ -45,6 +49,9 @@ def load(
     key as it is stored (it has the key's name, and its dtype: float8, uint8, int32, …), all keys are kept as they are
     stored, scales too.
 
+    `verify="fingerprint"` makes the fingerprint of what landed, for the report, and compares replicas; another one than
+    `expect` is a FingerprintError.
+
     Collective: every rank of the default process group calls it; without a group it is one process. Raises the same
     class from `loader.errors` on every rank, and leaves the group usable, unless a rank was lost.
     """
@@ -52,9 +59,28 @@ def load(
         with control.phase("arguments"):
             conversion = conversion_of(convert)
             reading = Read(**read)
+            proof = Proof(verify=verify, expect=expect)
         job = Job(uri, dict(storage_options or {}), reading, control)
         job.trace(conversion, ignore, strip_prefix, held=_dtypes(target))
-        return job.load(target, mesh=_mesh_of(target))
+        return job.load(target, mesh=_mesh_of(target), proof=proof)
+
+
+def fingerprint(target: nn.Module | Mapping[str, Tensor]) -> str:
+    """The fingerprint of a module's parameters and persistent buffers, or a flat state dict's tensors: "f1" and 16 hex
+    digits.
+
+    It tells FQNs, shapes, dtypes and every bit, and is the same for every mesh, placement, world size and device: a
+    trainer can compare it with a report's. `target` is as in `load`; it is read in place, 1 MiB at a time. A tied
+    tensor counts under each of its names.
+
+    Collective: every rank of the default process group calls it; without a group it is one process. Raises
+    CorruptionError where replicas differ, naming the FQN and the ranks, and BuilderError for a tensor that cannot be
+    read, or that is of another shape or dtype on another rank; the same on every rank.
+    """
+    with Control.of_group() as control:
+        with control.phase("place"):
+            targets = targets_of(target)
+        return agree_on_fingerprint(control, targets)
 
 
 def iter_convert(

@@ -40,7 +40,7 @@ class _Part(BaseModel):
 class Seconds(_Part):
     """`read` and `exchange` are what the pipeline waited for them, `convert` and `write` what it was busy in them.
 
-    What `total` has beyond the phases is the start: the process group, the model, the sink.
+    What `total` has beyond the phases is the start: the process group, the model, the fingerprint, the sink.
     """
 
     total: float
@@ -139,7 +139,7 @@ class Report(_Part):
             "memory": self._memory(),
             "seconds": ", ".join(f"{name} {value:.1f}" for name, value in self.seconds),
             "bound by": f"{self.bound_by}, {spent(self.seconds)[self.bound_by]:.1f} s of {self.seconds.total:.1f} s",
-        }
+        } | ({"verified": f"fingerprint {self.fingerprint}"} if self.fingerprint else {})
 
     def _mesh(self) -> str:
         dims = " x ".join(f"{name} {size}" for name, size in self.mesh.items())
@@ -162,6 +162,7 @@ def merge(
     tensors: int,
     needed_bytes: int,
     budget_bytes: int,
+    fingerprint: str | None = None,
     predicted: Predicted | None = None,
 ) -> Report:
     """The job's report of all its `ranks`: counts are summed; times and the memory peak are maxima."""
@@ -182,6 +183,7 @@ def merge(
         memory=Memory(budget_bytes=budget_bytes, peak_over_shards_bytes=max(peaks, default=None)),
         seconds=seconds,
         bound_by=bound_by(seconds),
+        fingerprint=fingerprint,
         predicted=predicted,
         ranks=tuple(sorted(ranks, key=lambda each: each.rank)),
     )

@@ -45,7 +45,7 @@ def run(config: Config, control: Control, device: torch.device) -> Callable[[], 
         with control.phase("build"):
             model = build_model(config, job, mesh, device)
             needless, wishes = needless_keys(config, job, model), wishes_of(config, job, model)
-        report = job.load(model, mesh=dims, needless=needless, wishes=wishes)
+        report = job.load(model, mesh=dims, needless=needless, wishes=wishes, proof=config)
         if config.output.checkpoint is not None:
             with control.phase("save"):
                 checkpoint.save(targets_of(model), config.output.checkpoint)

@@ -3,6 +3,7 @@
 from loader.config.mesh import resolve_mesh
 from loader.config.model import Config, Model, Output, Placement, Read, Source
 from loader.config.parse import parse
+from loader.config.section import Proof
 from loader.config.values import parse_bytes, parse_seconds
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "Model",
     "Output",
     "Placement",
+    "Proof",
     "Read",
     "Source",
     "parse",

@@ -7,21 +7,18 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainValidator,
     StrictBool,
     StrictInt,
-    ValidationError,
     ValidationInfo,
     WithJsonSchema,
     field_validator,
 )
 
-from loader.config.explain import explain
 from loader.config.mesh import FILL, check_mesh
+from loader.config.section import Proof, Section
 from loader.config.values import parse_bytes, parse_dtype, parse_function, parse_seconds, show
 from loader.errors import ConfigError
 from loader.uri import at_revision, public_uri
@@ -49,23 +46,6 @@ def _at_least(least: str) -> AfterValidator:
         return size
 
     return AfterValidator(check)
-
-
-class Section(BaseModel):
-    """A mapping of the YAML: frozen, and without a key it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
-
-    def __init__(self, **values: Any) -> None:
-        """Build from keywords that take the YAML's values. Raises ConfigError naming the key."""
-        try:
-            super().__init__(**values)
-        except ValidationError as error:
-            raise explain(error, type(self)) from None
-
-    # As pydantic's RootModel does: without the mark a section inside another would be built through __init__, and an
-    # error in it would lose its path.
-    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
 
 class Source(Section):
@@ -203,7 +183,7 @@ class Output(Section):
     )
 
 
-class Config(Section):
+class Config(Proof):
     """One run of the init step."""
 
     source: Source = Field(description="where the checkpoint is")

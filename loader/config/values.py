@@ -32,6 +32,13 @@ def show(value: object) -> str:
     return json.dumps(value, default=lambda other: f"{other} (a {type(other).__name__})", ensure_ascii=False)
 
 
+def parse_fingerprint(value: str) -> str:
+    """A fingerprint, in small letters: "f1" (the version) and 16 hex digits. Raises ConfigError."""
+    if re.fullmatch("f1[0-9a-f]{16}", value.lower()) is None:
+        raise ConfigError(f'should be "f1" and 16 hex digits, as a report\'s fingerprint is, found {show(value)}')
+    return value.lower()
+
+
 def parse_bytes(value: object) -> int:
     """A size in bytes: "512MiB" (binary), "8MB" (decimal) or 1048576. Raises ConfigError."""
     size = _quantity(value, BYTE_UNITS)
