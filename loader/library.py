@@ -70,7 +70,7 @@ def fingerprint(target: nn.Module | Mapping[str, Tensor]) -> str:
     digits.
 
     It tells FQNs, shapes, dtypes and every bit, and is the same for every mesh, placement, world size and device: a
-    trainer can compare it with a report's. `target` is as in `load`; it is read in place, 1 MiB at a time. A tied
+    trainer can compare it with a report's. `target` is as in `load`; it is read in place, 512 KiB at a time. A tied
     tensor counts under each of its names.
 
     Collective: every rank of the default process group calls it; without a group it is one process. Raises

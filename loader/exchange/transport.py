@@ -5,14 +5,19 @@ One thread owns the process group: whoever makes the transport is the only one t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
+import google_crc32c
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from loader.errors import LostRankError
+from loader.errors import CorruptionError, LostRankError
+
+PIECE = 1 << 16
+"""Bytes."""
 
 
 @contextmanager
@@ -25,18 +30,41 @@ def _with(peer: int) -> Iterator[None]:
         raise LostRankError(f"the connection to rank {peer} broke: {reason}", rank=peer) from error
 
 
-class Work:
-    """A transfer with rank `peer` that is under way."""
+def crc32c(memory: Tensor) -> int:
+    """The CRC-32C of a contiguous uint8 tensor, at 0.13 s of a core for a GB; zlib's CRC takes three times as long.
 
-    def __init__(self, work: dist.Work | None, peer: int) -> None:
-        assert work is not None, "every rank is in the group"
-        self._work = work
+    A piece at a time: the library takes nothing but bytes, and a piece's copy stays in the cache.
+    """
+    crc, data = 0, memory.numpy().data
+    for at in range(0, len(data), PIECE):
+        crc = google_crc32c.extend(crc, bytes(data[at : at + PIECE]))
+    return crc
+
+
+class Work:
+    """A message to or from rank `peer` that is under way: its bytes, and behind them, 8 bytes, their CRC."""
+
+    def __init__(self, works: Sequence[dist.Work | None], peer: int, crc: Tensor) -> None:
+        self._works = works
         self._peer = peer
+        self._crc = crc
 
     def wait(self) -> None:
         """Wait for its end. Raises LostRankError where the connection broke."""
         with _with(self._peer):
-            self._work.wait()
+            for work in self._works:
+                assert work is not None, "every rank is in the group"
+                work.wait()
+
+    def check(self, memory: Tensor, what: Callable[[], str]) -> None:
+        """Raise CorruptionError where `memory`, what was received, is not what was sent; `what()` tells what it is."""
+        sent, found = int(self._crc), crc32c(memory)
+        if found != sent:
+            raise CorruptionError(
+                f"{what()}: a message of {memory.numel()} bytes from rank {self._peer} has CRC-32C {found:08x}, and "
+                f"was sent with {sent:08x}: a bit flipped between the two ranks, or in the memory of one. Start again; "
+                "where it comes back with one host, take that host out"
+            )
 
 
 class Transport:
@@ -47,21 +75,26 @@ class Transport:
         leaves gloo's connections unusable."""
         self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
 
-    def send(self, view: Tensor, to: int) -> Work:
-        """Start sending a contiguous uint8 tensor, which must stay as it is until the work is done.
+    def send(self, view: Tensor, ranks: Sequence[int]) -> list[Work]:
+        """Start sending a contiguous uint8 tensor, which must stay as it is until the works are done.
 
         Raises LostRankError where the connection broke.
         """
-        with _with(to):
-            return Work(dist.isend(view, to, group=self._group), to)
+        crc = torch.tensor([crc32c(view)])
+        works = []
+        for to in ranks:
+            with _with(to):
+                works.append(Work([dist.isend(each, to, group=self._group) for each in (view, crc)], to, crc))
+        return works
 
     def receive(self, view: Tensor, sender: int) -> Work:
         """Start receiving into a contiguous uint8 tensor. Messages from one sender arrive in the order sent.
 
         Raises LostRankError where the connection broke.
         """
+        crc = torch.zeros(1, dtype=torch.int64)
         with _with(sender):
-            return Work(dist.irecv(view, sender, group=self._group), sender)
+            return Work([dist.irecv(each, sender, group=self._group) for each in (view, crc)], sender, crc)
 
     def close(self) -> None:
         dist.destroy_process_group(self._group)

@@ -33,8 +33,8 @@ VERSION = "f1"
 """In front of the sum's 16 hex digits. The letter keeps YAML from taking one for a number."""
 WORD = 4
 """Bytes."""
-PORTION = 1 << 20
-"""Bytes that are looked at together: with what they are multiplied into, 3 MiB."""
+PORTION = 1 << 19
+"""Bytes that are looked at together: as 64-bit numbers they are 1 MiB more."""
 
 _TABLE = 1 << 17
 """Columns whose factors are kept, 1 MiB of them: enough for rows of 512 KiB."""
@@ -80,8 +80,9 @@ def _row_sums(values: Tensor, column: int) -> Sums:
     """For each row its words times their columns' factors, summed; `column` is the first one's element."""
     words, first = _words(values, column * values.element_size())
     wide = words.to(torch.int64)
-    wide *= _column_factors(first, first + words.shape[1], words.device)
-    return wide.sum(1).cpu().numpy().view(np.uint64)
+    factors = _column_factors(first, first + words.shape[1], words.device)
+    sums = wide.mv(factors) if wide.is_cpu else wide.mul_(factors).sum(1)  # CUDA has no mv of integers
+    return sums.cpu().numpy().view(np.uint64)
 
 
 def _words(values: Tensor, at: int) -> tuple[Tensor, int]:

@@ -89,7 +89,7 @@ def fill(
     with _transport(control, manner) as transport:
         pipeline = Pipeline(
             schedule,
-            list(catalog.entries.values()),
+            catalog,
             _reader(catalog, store),
             landings,
             control,

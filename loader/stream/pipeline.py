@@ -8,7 +8,7 @@ in it was sent and written.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass, field
@@ -18,9 +18,9 @@ from torch import Tensor
 from loader.exchange.control import Control
 from loader.exchange.transport import Transport, Work
 from loader.place.landing import Landings
-from loader.plan.catalog import Entry
+from loader.plan.catalog import Catalog
 from loader.plan.geometry import Box
-from loader.plan.schedule import Message, Read, Round, Schedule
+from loader.plan.schedule import Message, Read, Receive, Round, Schedule
 from loader.stream.buffers import Slot, as_tensor
 
 LOOK = 0.2
@@ -43,7 +43,7 @@ class _Open:
 
     round: Round
     reads: list[tuple[Read, Tensor, Future[None]]] = field(default_factory=list)
-    receives: list[tuple[Message, Tensor, Work]] = field(default_factory=list)
+    receives: list[tuple[Receive, Tensor, Work]] = field(default_factory=list)
     sends: list[Work] = field(default_factory=list)
     writes: list[Future[None]] = field(default_factory=list)
 
@@ -58,7 +58,7 @@ class Pipeline:
     def __init__(
         self,
         schedule: Schedule,
-        entries: Sequence[Entry],
+        catalog: Catalog,
         read_range: Callable[[int, int, Tensor], None],
         landings: Landings,
         control: Control,
@@ -70,7 +70,8 @@ class Pipeline:
         self.seconds = Seconds()
         self.exchanged_bytes = 0
         self._schedule = schedule
-        self._entries = entries
+        self._catalog = catalog
+        self._entries = list(catalog.entries.values())
         self._read_range = read_range
         self._landings = landings
         self._control = control
@@ -116,7 +117,7 @@ class Pipeline:
             assert self._transport is not None, "a rank alone exchanges nothing"
             memory = slot.take(receive.message.size)
             work = self._transport.receive(memory, receive.sender)
-            flight.receives.append((receive.message, memory, work))
+            flight.receives.append((receive, memory, work))
         return flight
 
     def _read(self, read: Read, memory: Tensor) -> None:
@@ -136,15 +137,15 @@ class Pipeline:
             for message, ranks in read.sends:
                 payload = self._payload(message, memory, slot, arrived=arrived)
                 assert self._transport is not None, "a rank alone exchanges nothing"
-                flight.sends += [self._transport.send(payload, rank) for rank in ranks]
+                flight.sends += self._transport.send(payload, ranks)
                 self.exchanged_bytes += message.size * len(ranks)
             if arrived and read.own.pieces:
                 flight.writes.append(self._writer.submit(self._write_own, read.own, memory))
         begun = time.monotonic()
-        for message, memory, work in flight.receives:
+        for receive, memory, work in flight.receives:
             work.wait()
             if self._control.error is None:
-                flight.writes.append(self._writer.submit(self._write_received, message, memory))
+                flight.writes.append(self._writer.submit(self._write_received, receive, memory, work))
         self.seconds.exchange += time.monotonic() - begun
 
     def _finish(self, flight: _Open) -> None:
@@ -188,14 +189,23 @@ class Pipeline:
                 values = self._in_frame(piece.key, piece.frame, piece.at, piece.box, memory)
                 self._landings.land(piece.key, piece.box, values)
 
-    def _write_received(self, message: Message, memory: Tensor) -> None:
+    def _write_received(self, receive: Receive, memory: Tensor, work: Work) -> None:
         with self._writing():
+            work.check(memory, lambda: self._described(receive))
             at = 0
-            for piece in message.pieces:
+            for piece in receive.message.pieces:
                 dtype = self._entries[piece.key].dtype
                 size = piece.box.numel * dtype.itemsize
                 self._landings.land(piece.key, piece.box, as_tensor(memory[at : at + size], dtype, piece.box.sizes))
                 at += size
+
+    def _described(self, receive: Receive) -> str:
+        """The message's keys, and the bytes of the file that they are from."""
+        plan, names = self._schedule.plan, list(self._catalog.entries)
+        first, *more = dict.fromkeys(names[piece.key] for piece in receive.message.pieces)
+        keys = f"{first} and {len(more)} more keys" if more else first
+        file = self._catalog.files[int(plan.file[receive.extent])].name
+        return f"{keys}, of bytes {plan.start[receive.extent]}-{plan.stop[receive.extent]} of {file}"
 
     def _in_frame(self, key: int, frame: Box, at: int, box: Box, memory: Tensor) -> Tensor:
         dtype = self._entries[key].dtype

@@ -146,8 +146,8 @@ def _accuse(cells: Sequence[Cell], suspects: Sequence[Unit], ranks: Sequence[Map
                 told.append(f"{name} ({where}) is one thing on {' and another on '.join(map(_ranks, alike.values()))}")
     rest = f", and {len(told) - LISTED} more" if len(told) > LISTED else ""
     raise CorruptionError(
-        f"replicas differ: {'; '.join(told[:LISTED])}{rest}. A bit flipped in the memory or on the way of one of them: "
-        "start again, and where it comes back on one host, take that host out"
+        f"replicas differ: {'; '.join(told[:LISTED])}{rest}. A bit flipped in the memory or on the way of one of them. "
+        "Start again; where it comes back with one host, take that host out"
     )
 
 

@@ -1,0 +1,95 @@
+"""Messages between real ranks, with a bit that flips on the wire."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard
+
+import loader
+from loader.errors import CorruptionError
+from loader.exchange.transport import PIECE, Transport, crc32c
+from tests.checkpoints import random_checkpoint
+from tests.ranks import run_ranks
+from tests.shards import blank, shard
+
+
+def test_the_crc_is_crc_32c_whatever_the_pieces():
+    assert crc32c(torch.frombuffer(bytearray(b"123456789"), dtype=torch.uint8)) == 0xE3069283  # the field's check value
+    assert crc32c(torch.zeros(0, dtype=torch.uint8)) == 0
+    data = torch.randint(256, (PIECE + 9,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for at in (0, PIECE - 1, PIECE, PIECE + 8):
+        changed = data.clone()
+        changed[at] ^= 1
+        assert crc32c(changed) != crc32c(data)
+
+
+def _messages(size: int, flipped: int | None) -> str | None:
+    """Rank 0 sends two messages to ranks 1 and 2; a bit of the second flips on its way to rank 2."""
+    transport = Transport(30)
+    rank = dist.get_rank()
+    sent = [torch.arange(size, dtype=torch.uint8) + number for number in range(2)]
+    said = None
+    if rank == 0:
+        works = transport.send(sent[0], [1, 2]) + transport.send(sent[1], [1])
+        damaged = sent[1].clone()
+        send = dist.isend
+
+        def damage(view, *args, **kwargs):
+            if flipped is not None and view.dtype is torch.uint8:
+                damaged[flipped // 8] ^= 1 << flipped % 8
+                return send(damaged, *args, **kwargs)
+            return send(view, *args, **kwargs)
+
+        dist.isend = damage
+        for work in works + transport.send(sent[1], [2]):
+            work.wait()
+    else:
+        for expected in sent:
+            memory = torch.zeros_like(expected)
+            work = transport.receive(memory, 0)
+            work.wait()
+            try:
+                work.check(memory, lambda: "a key")
+                assert torch.equal(memory, expected)
+            except CorruptionError as error:
+                said = str(error)
+    transport.close()
+    return said
+
+
+@pytest.mark.parametrize("flipped", [None, 0, 7, 8 * 99_999 + 4])
+def test_a_bit_that_flips_on_the_way_is_told_where_it_arrives(flipped):
+    found = run_ranks(3, _messages, 100_000, flipped)
+    assert found[:2] == [None, None]
+    assert (found[2] is None) == (flipped is None)
+    assert flipped is None or found[2].startswith("a key: a message of 100000 bytes from rank 0 has CRC-32C")
+
+
+def _load(directory: str, flips: bool) -> None:
+    mesh = init_device_mesh("cpu", (2, 2))
+    full = {key: torch.zeros(64, 33) for key in ("a", "b")}
+    state = {key: blank(shard(tensor, mesh, [Replicate(), Shard(1)])) for key, tensor in full.items()}
+    send, left = dist.isend, [1]
+
+    def damage(view, *args, **kwargs):
+        if flips and view.dtype is torch.uint8 and left and view.numel() > 9:
+            left.clear()
+            view = view.clone()
+            view[9] ^= 0x20
+        return send(view, *args, **kwargs)
+
+    dist.isend = damage
+    loader.load(state, directory)
+
+
+def test_a_load_ends_on_every_rank_with_the_key_the_file_and_the_rank(tmp_path):
+    random_checkpoint(tmp_path, dict.fromkeys(("a", "b"), (torch.float32, (64, 33))))
+    assert run_ranks(4, _load, str(tmp_path), False) == [None] * 4
+    found = run_ranks(4, _load, str(tmp_path), True, outcomes=True)
+    assert [type(each.error) for each in found] == [CorruptionError] * 4, found
+    told = {str(each.error) for each in found}
+    assert len(told) == 1
+    assert " of model.safetensors: a message of " in told.pop()
