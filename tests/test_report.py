@@ -96,6 +96,12 @@ def test_bound_by_is_what_took_most_of_the_time(seconds, expected):
     assert bound_by(seconds) == expected
 
 
+def test_a_fingerprint_is_in_the_json_and_the_table():
+    report = job(fingerprint="f10123456789abcdef")
+    assert json.loads(report.to_json())["fingerprint"] == "f10123456789abcdef"
+    assert report.table().splitlines()[-1] == "verified  fingerprint f10123456789abcdef"
+
+
 def test_the_table_tells_it_in_five_lines():
     table = job(rank(0), rank(1), rank(2), rank(3, peak_over_shards_bytes=431 << 20), needed_bytes=2_000).table()
     assert table == (
