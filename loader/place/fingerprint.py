@@ -11,7 +11,7 @@ and Kaser, "Strongly universal string hashing is fast", 2012). As it is linear, 
 factors are odd, a change of a single word always shows. Elements that are swapped, moved or changed together cancel by
 a chance of 2**-32 where only two sign bits differ (these reach the sum's highest bits alone), of 2**-26 where four do
 that are the corners of a rectangle (two even differences multiply), and of less elsewhere. What is zero adds nothing:
-so each tensor adds a hash of its FQN, dtype and shape as well. It is a check against accidents, not against adversaries.
+so each tensor adds a hash of its FQN, dtype and shape as well. It is a check against accidents, not adversaries.
 
 It costs about 0.35 s of one core for a GB, a fifth of what loading that costs; twice to four times as much for rows of
 a few elements, and for a vector of more than 512 KiB, whose factors are not kept.

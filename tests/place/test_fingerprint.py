@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loader.memory import PeakMemory
 from loader.place import fingerprint as module
 from loader.place.fingerprint import box_sum, tensor_term, written
 from loader.plan.geometry import Box, portions, whole
@@ -158,6 +159,15 @@ def test_the_name_counts_and_zeros_of_another_name_dtype_or_shape_differ():
     assert full_sum(tensor, "a") != full_sum(tensor, "b")
     kinds = [(n, d, s) for n in "ab" for d in ("torch.float32", "torch.bfloat16") for s in ((4, 4), (2, 8))]
     assert len({tensor_term(*kind) for kind in kinds}) == len(kinds)
+
+
+def test_a_tensor_is_read_in_bounded_memory():
+    """64 MiB that do not lie row by row, and rows that end within a word."""
+    tensor = torch.zeros(4096, 8191, dtype=torch.bfloat16).t()
+    full_sum(tensor[:8])  # makes the kept factors
+    with PeakMemory() as memory:
+        full_sum(tensor)
+    assert memory.stop() < 6 << 20
 
 
 def test_views_of_any_alignment_and_stride():
