@@ -36,6 +36,9 @@ from loader.store.base import (
 ERROR_BYTES = 16 * 1024
 """Of an error's body, which says in words what the status does not."""
 
+PIECE = 256 * 1024
+"""Bytes received at once: what came of a piece before a reset or a silence is read again."""
+
 
 class Direct:
     """A scheme whose ranges are read so."""
@@ -167,7 +170,7 @@ def _receive(reply: urllib3.BaseHTTPResponse, buffer: memoryview) -> None:
     filled = 0
     try:
         while filled < len(buffer):
-            count = body.readinto(buffer[filled:])
+            count = body.readinto(buffer[filled : filled + PIECE])
             if not count:
                 raise Transient(f"the body ended {len(buffer) - filled} bytes early", filled=filled)
             filled += count
