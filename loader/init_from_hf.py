@@ -8,8 +8,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,7 +17,7 @@ import torch
 
 from loader.config import Config, parse
 from loader.dry_run import World, dry_run
-from loader.errors import LoaderError
+from loader.errors import LoaderError, TerminatedError
 from loader.exchange.control import Control
 from loader.exchange.group import own_device, process_group
 from loader.run import run
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LoaderError as error:
         config = error
     with nullcontext() if world else process_group(device):
-        with Control.of_group() as control:
+        with Control.of_group() as control, _sigterm_told():
             try:
                 go_on = _run(config, control, device, world)
             except Exception as error:  # noqa: BLE001 - what no phase caught is told as a bug of ours
@@ -48,6 +48,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = go_on()
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, for another rank's code: this one's is decided
         return code
+
+
+@contextmanager
+def _sigterm_told() -> Iterator[None]:
+    """Make SIGTERM an error like any other until the load's end: told on every rank, and what was begun is removed."""
+
+    def tell(*_: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise TerminatedError("ended by SIGTERM, which torchrun or the cluster sent: start again")
+
+    before = signal.signal(signal.SIGTERM, tell)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -73,7 +73,7 @@ def load_all(
     import loader
     from tests.shards import blank, differences, shard
 
-    rank, rng = dist.get_rank(), random.Random(seed)  # noqa: S311 - every rank draws the same
+    rank, rng = dist.get_rank(), random.Random(seed)
     mesh = init_device_mesh("cpu", (2, 2))
     full, ends = load_file(whole), []
     for number, kind in enumerate(kinds):
@@ -109,14 +109,14 @@ def left_behind() -> list[str]:
 
 def soak(loads: int, seed: int, scratch: Path) -> collections.Counter[str]:
     """How `loads` loads ended. Raises AssertionError where one did not end well."""
-    rng = random.Random(seed)  # noqa: S311
+    rng = random.Random(seed)
     served, other = scratch / "served", scratch / "other"
     random_checkpoint(other, TENSORS, seed=2)
     random_checkpoint(scratch / "good", TENSORS)
     for number in range(loads):
         random_checkpoint(served / str(number), TENSORS)
     kinds = [rng.choice(["s3", "gs", "https"]) for _ in range(loads)]
-    troubles = {str(number): faults(random.Random(rng.random())) for number in range(loads)}  # noqa: S311
+    troubles = {str(number): faults(random.Random(rng.random())) for number in range(loads)}
     with s3_server() as s3, gcs_server() as gcs, http_server(served) as url:
         places = {"s3": (s3, s3.put(served)), "gs": (gcs, gcs.put(served)), "https": (None, url)}
 
@@ -187,7 +187,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="soak-") as scratch:
         ended = soak(given.loads, given.seed, Path(scratch))
     told = ", ".join(f"{count} {how}" for how, count in ended.most_common())
-    print(f"{given.loads} loads of seed {given.seed} on {RANKS} ranks in {time.monotonic() - begun:.0f} s: {told}")  # noqa: T201
+    print(f"{given.loads} loads of seed {given.seed} on {RANKS} ranks in {time.monotonic() - begun:.0f} s: {told}")
 
 
 if __name__ == "__main__":
