@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import os
 import random
 import sys
@@ -28,8 +29,9 @@ from torch.distributed.tensor import Replicate, Shard
 from launch.local_s3 import s3_server
 from tests import misbehaving
 from tests.checkpoints import random_checkpoint
-from tests.misbehaving import Fault, Get, Misbehaving
-from tests.proxy import CountingProxy, Reply
+from tests.misbehaving import Fault, Get
+from tests.places import misbehaving_place
+from tests.proxy import Reply
 from tests.ranks import run_ranks
 from tests.servers import gcs_server, http_server
 
@@ -117,49 +119,17 @@ def soak(loads: int, seed: int, scratch: Path) -> collections.Counter[str]:
         random_checkpoint(served / str(number), TENSORS)
     kinds = [rng.choice(["s3", "gs", "https"]) for _ in range(loads)]
     troubles = {str(number): faults(random.Random(rng.random())) for number in range(loads)}
-    with s3_server() as s3, gcs_server() as gcs, http_server(served) as url:
-        places = {"s3": (s3, s3.put(served)), "gs": (gcs, gcs.put(served)), "https": (None, url)}
-
-        def change(kind: str) -> Any:
-            server, uri = places[kind]
-
-            def one(directory: str, how: str) -> None:
-                path = f"{directory}/{misbehaving.FILE}"
-                if server is None:
-                    (served / path).unlink()
-                    if how == "overwrite":
-                        (served / path).write_bytes((other / misbehaving.FILE).read_bytes())
-                    return
-                import fsspec
-
-                fs = fsspec.filesystem(kind, **server.storage_options, skip_instance_cache=True)
-                if how == "overwrite":
-                    fs.put_file(str(other / misbehaving.FILE), f"{uri}/{path}")
-                else:
-                    fs.rm_file(f"{uri}/{path}")
-
-            return one
-
-        hooks = {kind: Misbehaving(troubles, change(kind)) for kind in places}
-        proxies = {
-            kind: CountingProxy(server.endpoint if server else uri, listeners=RANKS)
-            for kind, (server, uri) in places.items()
+    with s3_server() as s3, gcs_server() as gcs, http_server(served) as url, contextlib.ExitStack() as stack:
+        places = {
+            kind: stack.enter_context(
+                misbehaving_place(kind, server, served, other / misbehaving.FILE, troubles, RANKS)
+            )
+            for kind, server in {"s3": s3, "gs": gcs, "https": url}.items()
         }
-        uris, options = {}, {}
-        for kind, proxy in proxies.items():
-            server, uri = places[kind]
-            proxy.__enter__()
-            proxy.on_request(hooks[kind])
-            urls = [proxy.url_for(rank) for rank in range(RANKS)]
-            uris[kind] = [uri] * RANKS if server else urls
-            options[kind] = [server.at(each).storage_options if server else {} for each in urls]
-        try:
-            whole = str(scratch / "good" / misbehaving.FILE)
-            told = run_ranks(RANKS, load_all, kinds, uris, options, whole, seed, timeout=60 + SLOWEST * loads)
-        finally:
-            for kind, proxy in proxies.items():
-                hooks[kind].stop.set()
-                proxy.__exit__()
+        whole = str(scratch / "good" / misbehaving.FILE)
+        uris = {kind: place.uris for kind, place in places.items()}
+        options = {kind: place.options for kind, place in places.items()}
+        told = run_ranks(RANKS, load_all, kinds, uris, options, whole, seed, timeout=60 + SLOWEST * loads)
     return _judge(told, kinds)
 
 

@@ -7,7 +7,7 @@ import itertools
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,10 @@ from loader.store.schemes.local import LocalScheme
 from loader.store.schemes.other import OtherScheme
 from tests.checkpoints import random_checkpoint
 from tests.faults import BACKENDS, FILES, MENDED, PIN, REST, ROWS, STORE, UNSEEN, table
-from tests.misbehaving import FILE, Misbehaving
+from tests.misbehaving import FILE
+from tests.places import change_file, misbehaving_place
 from tests.processes import ROOT
-from tests.proxy import CountingProxy, Request
+from tests.proxy import Request
 from tests.ranks import run_ranks
 from tests.servers import http_server
 from tests.shards import blank, differences, shard
@@ -37,6 +38,7 @@ RANKS = 2
 TENSORS = {f"layers.{n}.weight": (torch.bfloat16, (256, 384)) for n in range(3)}  # 9 ranges
 READ = {"range_size": "64KiB", "memory_budget": "32MiB", "concurrency": 4, "timeout": "30s"}
 CELLS = [(backend, name) for backend in BACKENDS for name, row in ROWS.items() if row.cell(backend)]
+HOW = {"overwritten": "overwrite", "deleted": "delete", "uploaded-again": "again"}
 UNREAD = 16 << 20
 """Bytes that a socket may take of a body that nobody reads, with room to spare."""
 
@@ -88,38 +90,10 @@ def _change_at_the_third_read(patch: pytest.MonkeyPatch, path: Path, name: str, 
 
         def read(self: Any, *args: Any, original: Callable[..., None] = kind.read) -> None:
             if next(calls) == 2:
-                _change_file(path, ROWS[name].what, other)
+                change_file(path, HOW[name], Path(other))
             original(self, *args)
 
         patch.setattr(kind, "read", read)
-
-
-def _change_file(path: Path, how: str, other: str) -> None:
-    before = path.read_bytes()
-    path.unlink()
-    if "deleted" not in how:
-        path.write_bytes(Path(other).read_bytes() if "overwritten" in how else before)
-
-
-@contextlib.contextmanager
-def _served(backend: str, root: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Any, str, Callable[..., Any]]]:
-    """The endpoint of what serves the directories of `root`, their URI, and what changes a file there."""
-    scheme = backend.split(maxsplit=1)[0]
-    if scheme == "https":  # over http: TLS is no matter of these
-        with http_server(root) as url:
-            yield None, url, lambda path, how: _change_file(root / path, how, str(root.parent / "other" / FILE))
-        return
-    server = request.getfixturevalue({"s3": "s3", "gs": "gcs"}[scheme])
-    uri = server.put(root)
-    fs = fsspec.filesystem(scheme, **server.storage_options, skip_instance_cache=True)
-
-    def change(path: Path, how: str) -> None:
-        if "deleted" in how:
-            fs.rm_file(f"{uri}/{path}")
-        else:
-            fs.put_file(str(root.parent / "other" / FILE if "overwritten" in how else root / path), f"{uri}/{path}")
-
-    yield server, uri, change
 
 
 @pytest.fixture(scope="module")
@@ -153,20 +127,17 @@ def _run(backend: str, scratch: Path, request: pytest.FixtureRequest) -> Any:
             RANKS, _suffer, backend, [f"{scheme}://{root}"] * RANKS, [{}] * RANKS, str(whole), str(other), timeout=60
         )
         return told, None, []
-    with _served(backend, root, request) as (server, uri, change):
-        target = uri if server is None else server.endpoint
-        with CountingProxy(target, listeners=RANKS) as proxy:
-            faults = {name: row.fault for name, row in ROWS.items()}
-            misbehaving = Misbehaving(faults, lambda name, _: change(Path(name, FILE), ROWS[name].what))
-            proxy.on_request(misbehaving)
-            urls = [proxy.url_for(rank) for rank in range(RANKS)]
-            options = [server.at(url).storage_options if server else {} for url in urls]
-            uris = [uri] * RANKS if server else urls
-            try:
-                told = run_ranks(RANKS, _suffer, backend, uris, options, str(whole), str(other), timeout=60)
-            finally:
-                misbehaving.stop.set()
-            return told, misbehaving, list(proxy.requests)
+    scheme = backend.partition(" ")[0]
+    with contextlib.ExitStack() as stack:
+        server: Any
+        if scheme == "https":
+            server = stack.enter_context(http_server(root))
+        else:
+            server = request.getfixturevalue({"s3": "s3", "gs": "gcs"}[scheme])
+        faults = {name: row.fault for name, row in ROWS.items()}
+        place = stack.enter_context(misbehaving_place(scheme, server, root, other, faults, RANKS))
+        told = run_ranks(RANKS, _suffer, backend, place.uris, place.options, str(whole), str(other), timeout=60)
+        return told, place.misbehaving, list(place.proxy.requests)
 
 
 @pytest.mark.parametrize(("backend", "name"), CELLS)
