@@ -10,10 +10,11 @@
     │   └── FingerprintError     the weights are other ones than expected
     ├── StoreError               a range that could not be read, after all retries
     │   └── PinError             an object changed while it was read
-    ├── MemoryBudgetError        the plan does not fit `read.memory_budget`
+    ├── MemoryBudgetError        the plan does not fit `read.memory_budget`, or the machine had less memory than that
     ├── CorruptionError          a bit flipped on the way or in a rank's memory
     ├── SinkError                the result could not be written
     ├── LostRankError            a rank, or the store that ranks talk through, is gone
+    ├── TerminatedError          the job was told to end
     └── InternalError            ours: a bug in the loader
 
 A foreign exception is translated at the seam where it enters (`store`, `place.build`, `sinks`), with the cause kept.
@@ -22,6 +23,7 @@ Every rank raises the same class with the same message: `to_wire` and `from_wire
 
 from __future__ import annotations
 
+import errno
 import json
 import traceback
 from typing import ClassVar
@@ -77,7 +79,7 @@ class PinError(StoreError):
 
 
 class MemoryBudgetError(LoaderError):
-    """The plan does not fit the memory budget."""
+    """The plan does not fit the memory budget, or a rank ran out of memory."""
 
 
 class CorruptionError(LoaderError):
@@ -92,6 +94,10 @@ class LostRankError(LoaderError):
     """A rank stopped answering, or the store that ranks talk through is gone."""
 
 
+class TerminatedError(LoaderError):
+    """The job was told to end, with SIGTERM."""
+
+
 class InternalError(LoaderError):
     """A bug in the loader: please report it with the traceback."""
 
@@ -100,9 +106,18 @@ def to_wire(error: BaseException, rank: int) -> bytes:
     """Encode `error` for other ranks. What is not a LoaderError is ours, and travels with its traceback."""
     if not isinstance(error, LoaderError):
         text = "".join(traceback.format_exception(error))
-        error = InternalError(f"{type(error).__name__}: {error}\n{text}")
+        if _is_out_of_memory(error):
+            error = MemoryBudgetError(f"out of memory: give the rank more, or lower read.memory_budget\n{text}")
+        else:
+            error = InternalError(f"{type(error).__name__}: {error}\n{text}")
     first = rank if error.rank is None else error.rank
     return json.dumps({"class": type(error).__name__, "message": error.message, "rank": first}).encode()
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Torch says it in words (RuntimeError) on the CPU, and with a class of its own on a device."""
+    by_system = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    return by_system or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def from_wire(data: bytes) -> LoaderError:

@@ -8,8 +8,8 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,9 +17,10 @@ import torch
 
 from loader.config import Config, parse
 from loader.dry_run import World, dry_run
-from loader.errors import LoaderError
+from loader.errors import LoaderError, TerminatedError
 from loader.exchange.control import Control
 from loader.exchange.group import own_device, process_group
+from loader.exchange.watch import BEAT, LOST_AFTER
 from loader.run import run
 
 LEAVE = 3.0
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except LoaderError as error:
         config = error
     with nullcontext() if world else process_group(device):
-        with Control.of_group() as control:
+        with Control.of_group() as control, _sigterm_told(control):
             try:
                 go_on = _run(config, control, device, world)
             except Exception as error:  # noqa: BLE001 - what no phase caught is told as a bug of ours
@@ -48,6 +49,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = go_on()
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, for another rank's code: this one's is decided
         return code
+
+
+@contextmanager
+def _sigterm_told(control: Control) -> Iterator[None]:
+    """Make SIGTERM an error like any other until the load's end: told on every rank, and what was begun is removed.
+
+    torchrun sends it also where another rank was killed. That one is to be named, so there is time to miss it.
+    """
+
+    def tell(*_: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        until = time.monotonic() + LOST_AFTER + 2 * BEAT
+        while control.world_size > 1 and control.error is None and time.monotonic() < until:
+            time.sleep(BEAT / 5)
+        raise TerminatedError("ended by SIGTERM, which torchrun or the cluster sent: start again")
+
+    before = signal.signal(signal.SIGTERM, tell)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:

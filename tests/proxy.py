@@ -10,6 +10,7 @@ import re
 import socket
 import socketserver
 import struct
+import sys
 import threading
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator
@@ -139,6 +140,11 @@ class _Listener(socketserver.ThreadingTCPServer):
         """Close without the usual shutdown before it, which would turn a reset into an orderly end."""
         self.connections.discard(request)
         self.close_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that has gone is none; what else goes wrong here is told, as always."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     def close_connections(self) -> None:
         for connection in list(self.connections):

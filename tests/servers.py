@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import http.client
+import ssl
 import threading
 import uuid
 from collections.abc import Iterator
@@ -69,22 +70,22 @@ def gcs_server() -> Iterator[GCSServer]:
 
 
 @contextlib.contextmanager
-def http_server(directory: Path) -> Iterator[str]:
+def http_server(directory: Path, tls: ssl.SSLContext | None = None) -> Iterator[str]:
     """Serve `directory` over HTTP/1.1 with ranges, ETag, Last-Modified and HEAD, without listings; gives its URL."""
     app = web.Application()
     app.router.add_static("/", directory)
-    with serving(app) as url:
+    with serving(app, tls) as url:
         yield url
 
 
 @contextlib.contextmanager
-def serving(app: web.Application) -> Iterator[str]:
+def serving(app: web.Application, tls: ssl.SSLContext | None = None) -> Iterator[str]:
     """Serve `app` on a free port of loopback; gives its URL."""
     loop = asyncio.new_event_loop()
 
     async def serve() -> int:
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
+        site = web.TCPSite(runner, "127.0.0.1", 0, ssl_context=tls)
         await site.start()
         return runner.addresses[0][1]
 
@@ -93,7 +94,7 @@ def serving(app: web.Application) -> Iterator[str]:
     thread.start()
     try:
         port = asyncio.run_coroutine_threadsafe(serve(), loop).result(10)
-        yield f"http://127.0.0.1:{port}"
+        yield f"http{'s' if tls else ''}://127.0.0.1:{port}"
     finally:
         asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
         loop.call_soon_threadsafe(loop.stop)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +43,11 @@ def torchrun(
     cwd: Path | str = ROOT,
     nnodes: int = 1,
     timeout: float = 120,
+    meanwhile: Callable[[Sequence[subprocess.Popen[bytes]]], object] = lambda _: None,
 ) -> Finished:
     """Run `python -m torch.distributed.run` with `args` (`["-m", "loader.init_from_hf", …]`): `nproc` ranks on each of
     `nnodes` agents, all on this machine. After `timeout` seconds all are killed, and TimeoutError has their stacks.
+    `meanwhile` is called with the agents when all have started.
     """
     meeting = ["--standalone"]
     if nnodes > 1:
@@ -68,6 +70,7 @@ def torchrun(
             stack.callback(kill_tree, agent.pid)
             agents.append(agent)
             logs.append((out, err))
+        meanwhile(agents)
         late = not _all_end(agents, timeout)
         stdout, stderr = ("".join(_contents(log[stream]) for log in logs) for stream in (0, 1))
     if late:

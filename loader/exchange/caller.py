@@ -24,7 +24,10 @@ class Caller:
         self._thread.start()
 
     def call(self, work: Callable[[], T], give_up: Callable[[], BaseException | None]) -> T:
-        """What `work()` returns or raises; or raise what `give_up` returns, as soon as that is an error."""
+        """What `work()` returns or raises; or raise what `give_up` returns, as soon as that is an error.
+
+        Raises RuntimeError after `close`: a reader that a failed load left behind may come late.
+        """
         future: Future[T] = Future()
         self._calls.put((work, future))
         while True:
@@ -35,6 +38,8 @@ class Caller:
                     raise
                 if (error := give_up()) is not None:
                     raise error from None
+                if not self._thread.is_alive() and not future.done():
+                    raise RuntimeError("no more calls are made") from None
 
     def close(self) -> None:
         """End the thread after the calls that are waiting; one that never returns is left behind."""

@@ -6,8 +6,12 @@ names are there, what is an object's size and pin, and what are the bytes of a r
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from loader.errors import PinError
@@ -73,13 +77,16 @@ class Addressed(Listed, Protocol):
 class Transient(Exception):  # noqa: N818 - it is a verdict on an error, told apart from errors that end the load
     """Another try may mend it. `filled` bytes at the front of the buffer are right already.
 
-    `throttled` says that the server asked for fewer requests.
+    `throttled` says that the server asked for fewer requests, `retry_after` in how many seconds it asked for the next.
     """
 
-    def __init__(self, message: str, *, filled: int = 0, throttled: bool = False) -> None:
+    def __init__(
+        self, message: str, *, filled: int = 0, throttled: bool = False, retry_after: float | None = None
+    ) -> None:
         super().__init__(message)
         self.filled = filled
         self.throttled = throttled
+        self.retry_after = retry_after
 
 
 class Unusable(Exception):  # noqa: N818 - as above
@@ -92,7 +99,11 @@ def told(error: BaseException) -> str:
 
 
 def refusal(status: int, what: str) -> Exception | None:
-    """What an unsuccessful HTTP status means for a read; None where it is no such status. `what` is the answer."""
+    """What an unsuccessful HTTP status means for a read; None where it is no such status. `what` is the answer.
+
+    The classes of error, for all schemes: another object (FileNotFoundError), credentials (PermissionError), throttled
+    and transient (Transient), fatal (Unusable).
+    """
     if status in (404, 410, 412, 416):  # also: another object than asked for, or a shorter one
         return FileNotFoundError(what)
     if status in (401, 403):
@@ -102,12 +113,25 @@ def refusal(status: int, what: str) -> Exception | None:
     return Unusable(what) if status >= 300 else None
 
 
+def asked_wait(retry_after: str | None) -> float | None:
+    """Seconds that the header Retry-After asks for, as a number or as a date; None where it says nothing clear."""
+    if retry_after is None:
+        return None
+    if retry_after.strip().isdecimal():
+        return float(retry_after)
+    try:
+        until = parsedate_to_datetime(retry_after)
+        return max(0.0, (until - datetime.now(UTC)).total_seconds())
+    except (ValueError, TypeError):  # no date, or one without a zone
+        return None
+
+
 @dataclass(frozen=True, slots=True)
 class Access:
     """How a scheme is opened: where, with which client options, how patiently, and who reads the ranges.
 
     `timeout` is in seconds, for a connection, and between two arrivals of bytes; `concurrency` is how many ranges are
-    read at once.
+    read at once. `until`, which the store sets, is when all reading ends, on the monotonic clock.
     """
 
     uri: str
@@ -115,6 +139,7 @@ class Access:
     concurrency: int
     timeout: float
     backend: Backend = "auto"
+    until: float = math.inf
 
 
 def check_reply(*, status: int, content_range: str | None, start: int, size: int) -> None:
@@ -165,11 +190,20 @@ def pin_now(scheme: Listed, name: str) -> str:
         return "no such object"
 
 
-def run_on_loop(loop: Any, call: Callable[[], Awaitable[T]]) -> T:
-    """Run a coroutine on fsspec's event-loop thread and wait for it."""
+def run_on_loop(loop: Any, call: Callable[[], Awaitable[T]], until: float = math.inf) -> T:
+    """Run a coroutine on fsspec's event-loop thread and wait for it, until `until` (monotonic) at the latest.
+
+    Raises Transient where it is not done by then: a reply may bring a byte now and then for ever.
+    """
     import asyncio
 
     async def awaited() -> T:
         return await call()
 
-    return asyncio.run_coroutine_threadsafe(awaited(), loop).result()
+    future = asyncio.run_coroutine_threadsafe(awaited(), loop)
+    try:
+        return future.result(None if until == math.inf else max(0.0, until - time.monotonic()))
+    except TimeoutError:
+        if future.cancel():
+            raise Transient("the reply had not ended") from None
+        raise  # the call's own

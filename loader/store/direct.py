@@ -6,8 +6,11 @@ A scheme says where a file is and how a request is signed; what is left is the k
 from __future__ import annotations
 
 import os
+import socket
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,17 +20,34 @@ import certifi
 import urllib3
 from urllib3.exceptions import HTTPError, LocationParseError, SSLError
 
-from loader.store.base import Address, Addressed, Stat, Transient, Unusable, changed, check_reply, pin_now, told
+from loader.store.base import (
+    Address,
+    Addressed,
+    Stat,
+    Transient,
+    Unusable,
+    asked_wait,
+    changed,
+    check_reply,
+    pin_now,
+    told,
+)
 
 ERROR_BYTES = 16 * 1024
 """Of an error's body, which says in words what the status does not."""
+
+PIECE = 256 * 1024
+"""Bytes received at once: what came of a piece before a reset or a silence is read again."""
 
 
 class Direct:
     """A scheme whose ranges are read so."""
 
-    def __init__(self, scheme: Addressed, *, concurrency: int, timeout: float) -> None:
-        """`concurrency` connections are kept; `timeout` in seconds is for a connection, and between arrivals."""
+    def __init__(self, scheme: Addressed, *, concurrency: int, timeout: float, until: float) -> None:
+        """`concurrency` connections are kept; `timeout` in seconds is for a connection, and between arrivals.
+
+        At `until` (monotonic) all reading ends.
+        """
         self._scheme = scheme
         self._options: dict[str, Any] = {
             "maxsize": concurrency,
@@ -38,6 +58,18 @@ class Direct:
         self._managers: dict[str, urllib3.PoolManager] = {}
         self._addresses: dict[tuple[str, str], Address] = {}
         self._lock = threading.Lock()
+        self._receiving: set[socket.socket] = set()
+        self._closed = False
+        self._until = until
+        self._alarm: threading.Timer | None = None
+
+    def close(self) -> None:
+        """End what is being received: a server may send a byte now and then for ever."""
+        with self._lock:
+            self._closed = True
+            for connection in self._receiving:
+                with suppress(OSError):
+                    socket.socket.shutdown(connection, socket.SHUT_RDWR)  # TLS's own would take its state away
 
     def names(self) -> list[str] | None:
         return self._scheme.names()
@@ -50,13 +82,7 @@ class Direct:
         try:
             if address is None:
                 address = self._addresses[name, pin] = self._scheme.address(name, pin)
-                self._fetch(address, name, pin, start, buffer)
-                return
-            try:
-                self._fetch(address, name, pin, start, buffer)
-            except PermissionError as error:  # what was signed a while ago may have expired
-                self._addresses.pop((name, pin), None)
-                raise Transient(f"refused, and asked for anew: {error}") from error
+            self._fetch(address, name, pin, start, buffer)
         except FileNotFoundError as error:
             raise changed(name, pin, pin_now(self._scheme, name)) from error
 
@@ -64,12 +90,39 @@ class Direct:
         wanted = {"Range": f"bytes={start}-{start + len(buffer) - 1}", "Accept-Encoding": "identity"}
         reply = self._get(address, wanted)
         try:
-            self._check(reply, name, pin, start, len(buffer))
-            _receive(reply, buffer)
+            with self._interruptible(reply):
+                self._check(reply, name, pin, start, len(buffer))
+                _receive(reply, buffer)
         except BaseException:
             reply.close()  # what is left in it would be taken for the next reply
             raise
         reply.release_conn()
+
+    @contextmanager
+    def _interruptible(self, reply: urllib3.BaseHTTPResponse) -> Iterator[None]:
+        """Let `close` end the receiving of this reply, and be called when all reading ends."""
+        file: Any = reply._original_response.fp  # type: ignore[attr-defined]  # noqa: SLF001 - the connection has let go of a socket that is to be closed
+        if file is None:  # there is no body
+            yield
+            return
+        connection = file.raw._sock  # noqa: SLF001
+        with self._lock:
+            if self._closed:
+                raise Transient("all reading has ended")
+            self._receiving.add(connection)
+            if self._alarm is None:
+                seconds = min(max(0.0, self._until - time.monotonic()), threading.TIMEOUT_MAX)
+                self._alarm = threading.Timer(seconds, self.close)
+                self._alarm.name, self._alarm.daemon = "loader-deadline", True
+                self._alarm.start()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._receiving.discard(connection)
+                if not self._receiving and self._alarm is not None:
+                    self._alarm.cancel()
+                    self._alarm = None
 
     def _check(self, reply: urllib3.BaseHTTPResponse, name: str, pin: str, start: int, size: int) -> None:
         if reply.status != 206 and (error := self._refusal(reply)) is not None:
@@ -83,7 +136,10 @@ class Direct:
             body = reply.read(ERROR_BYTES)
         except (HTTPError, OSError) as error:
             return Transient(told(error))
-        return self._scheme.refusal(reply.status, reply.reason or "", body)
+        refused = self._scheme.refusal(reply.status, reply.reason or "", body)
+        if isinstance(refused, Transient):
+            refused.retry_after = asked_wait(reply.headers.get("Retry-After"))
+        return refused
 
     def _get(self, address: Address, headers: Mapping[str, str]) -> urllib3.BaseHTTPResponse:
         try:
@@ -114,7 +170,7 @@ def _receive(reply: urllib3.BaseHTTPResponse, buffer: memoryview) -> None:
     filled = 0
     try:
         while filled < len(buffer):
-            count = body.readinto(buffer[filled:])
+            count = body.readinto(buffer[filled : filled + PIECE])
             if not count:
                 raise Transient(f"the body ended {len(buffer) - filled} bytes early", filled=filled)
             filled += count

@@ -31,6 +31,9 @@ FIRST_WAIT = 0.1
 LONGEST_WAIT = 10.0
 """Full jitter between 0 and min(10 s, 0.1 s x 2^attempt): AWS's advice against synchronised retries."""
 
+LONGEST_ASKED = 60.0
+"""Seconds that a server's Retry-After is heeded, at most. Jitter comes on top, for it asks all ranks alike."""
+
 
 @dataclass(slots=True)
 class Tally:
@@ -64,8 +67,13 @@ class Store:
         self._retries = retries
         self._until = time.monotonic() + deadline
         self._closed = threading.Event()
+        self._lock = threading.Lock()
+        self._access = replace(access, uri=directory, until=self._until)
+        self._scheme = self._open()
+
+    def _open(self) -> Scheme:
         try:
-            self._scheme: Scheme = open_scheme(replace(access, uri=directory))
+            return open_scheme(self._access)
         except Exception as error:  # noqa: BLE001 - whatever a client library raises where it is given what it cannot use
             raise CatalogError(
                 f"{self.uri}: cannot be opened: {self._secrets.hide(told(error))}. "
@@ -112,19 +120,35 @@ class Store:
     def close(self) -> None:
         """End waiting between tries: what is still being read fails."""
         self._closed.set()
+        getattr(self._scheme, "close", lambda: None)()  # a scheme need not have any
+
+    def _renew(self, refused: Scheme) -> None:
+        """Open the scheme again, credentials and all, through the usual chain: those that it had may have expired."""
+        with self._lock:
+            if self._scheme is refused:  # else another thread has
+                try:
+                    self._scheme = self._open()
+                except CatalogError as error:
+                    raise StoreError(error.message) from error.__cause__
 
     def _fill(self, name: str, pin: str, start: int, buffer: memoryview, *, counted: bool) -> None:
-        filled = 0
+        filled, renewed = 0, False
 
         def attempt() -> None:
-            nonlocal filled
-            got = 0
+            nonlocal filled, renewed
+            got, scheme = 0, self._scheme
             try:
-                self._scheme.read(name, pin, start + filled, buffer[filled:])
+                scheme.read(name, pin, start + filled, buffer[filled:])
                 got = len(buffer) - filled
             except Transient as error:
                 got = error.filled
                 raise
+            except PermissionError as error:
+                if renewed or not self._retries:
+                    raise
+                renewed = True
+                self._renew(scheme)
+                raise Transient(f"refused, and asked again with credentials made anew: {error}") from error
             finally:
                 filled += got
                 if counted:
@@ -141,7 +165,7 @@ class Store:
     def _try(self, call: Callable[[], T], what: str) -> T:
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Transient),
-            wait=tenacity.wait_random_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT),
+            wait=_wait,
             stop=tenacity.stop_any(
                 tenacity.stop_after_attempt(1 + self._retries),
                 tenacity.stop_when_event_set(self._closed),
@@ -155,6 +179,7 @@ class Store:
             return retrying(call)
         except Transient as error:
             how = f"{retrying.statistics['attempt_number']} tries; read.retries is {self._retries}"
+            how += "; read.deadline has passed" if time.monotonic() >= self._until else ""
             raise self._told(StoreError, f"{what}: ", error, f" ({how}). {UNREACHED}") from self._secrets.cause(error)
         except (LoaderError, OSError, Unusable):
             raise
@@ -164,6 +189,16 @@ class Store:
     def _told(self, kind: type[LoaderError], before: str, error: object, after: str = "") -> LoaderError:
         """The error of our own that tells another, without its secrets."""
         return kind(f"{self._directory}: {before}{self._secrets.hide(str(error))}{after}")
+
+
+_jittered = tenacity.wait_random_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT)
+
+
+def _wait(state: tenacity.RetryCallState) -> float:
+    """Seconds until the next try: with full jitter, and no less than the server asked for, within reason."""
+    error = state.outcome.exception() if state.outcome else None
+    asked = error.retry_after if isinstance(error, Transient) else None
+    return _jittered(state) + min(asked or 0.0, LONGEST_ASKED)
 
 
 def split_uri(uri: str) -> tuple[str, str | None]:

@@ -323,6 +323,14 @@ def test_nothing_is_left_behind(world):
     assert left == set()
 
 
+def test_who_comes_after_the_end_does_not_wait(world):
+    """A reader that a failed load left behind, say, in a reply that went on."""
+    (control,) = world(1)
+    with pytest.raises(StoreError), control:
+        raise StoreError("first")
+    assert control.fail(StoreError("late")).message == "first"
+
+
 def test_a_process_alone_needs_no_store():
     with Control(None, 0, 1) as control:
         with control.phase("one"):

@@ -23,7 +23,7 @@ from loader.store.base import (
     run_on_loop,
     told,
 )
-from loader.store.schemes.web import call, check_status, fill, socket_timeout
+from loader.store.schemes.web import call, check_status, fill, socket_timeout, without_retries
 
 SCHEMES = ("gs", "gcs")
 CLIENT_BYTES = 8 << 20  # measured: as for HTTP
@@ -34,10 +34,11 @@ class GsScheme:
 
     direct = True
 
-    def __init__(self, fs: Any, path: str, timeout: float) -> None:
+    def __init__(self, fs: Any, path: str, access: Access) -> None:
         self.fs = fs
         self.path = path
-        self.timeout = socket_timeout(timeout)
+        self.timeout = socket_timeout(access.timeout)
+        self.until = access.until
 
     def names(self) -> list[str]:
         bucket, prefix, _ = self.fs.split_path(self.path)
@@ -64,24 +65,24 @@ class GsScheme:
             async with await self._request(
                 self._url(bucket, key), {"alt": "media", "generation": pin}, wanted
             ) as reply:
-                check_status(reply.status, reply.reason)
+                check_status(reply)
                 if (found := reply.headers.get("x-goog-generation", pin)) != pin:
                     raise changed(name, pin, found)
                 await fill(reply, start, filler)
 
         try:
-            call(self.fs.loop, get, filler)
+            call(self.fs.loop, get, self.until, filler)
         except FileNotFoundError as error:
             raise changed(name, pin, pin_now(self, name)) from error
 
     def _json(self, url: str, params: dict[str, str]) -> dict[str, Any]:
         async def get() -> dict[str, Any]:
             async with await self._request(url, params, {}) as reply:
-                check_status(reply.status, reply.reason)
+                check_status(reply)
                 found: dict[str, Any] = await reply.json(content_type=None)
                 return found
 
-        return call(self.fs.loop, get)  # type: ignore[no-any-return]
+        return call(self.fs.loop, get, self.until)  # type: ignore[no-any-return]
 
     def address(self, name: str, pin: str) -> Address:
         bucket, key, _ = self.fs.split_path(f"{self.path}/{name}")
@@ -107,7 +108,8 @@ class GsScheme:
         """A request with gcsfs's own session, credentials and project; gcsfs's `cat_file` checks no reply."""
         await self.fs._set_session()  # noqa: SLF001
         allowed = self._allowed({**headers, "Accept-Encoding": "identity"})
-        return self.fs.session.get(url, params=self.fs._get_params(params), headers=allowed, timeout=self.timeout)  # noqa: SLF001
+        session = without_retries(self.fs.session)
+        return session.get(url, params=self.fs._get_params(params), headers=allowed, timeout=self.timeout)  # noqa: SLF001
 
     def _url(self, bucket: str, key: str | None = None) -> str:
         """Of an object, or of the bucket's listing."""
@@ -125,4 +127,4 @@ def open_scheme(access: Access) -> Scheme:
     before_import(access)
     fs, path = url_to_fs(access.uri, **access.storage_options, skip_instance_cache=True)
     run_on_loop(fs.loop, fs._set_session)  # noqa: SLF001
-    return GsScheme(fs, path.rstrip("/"), access.timeout)
+    return GsScheme(fs, path.rstrip("/"), access)

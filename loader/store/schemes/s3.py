@@ -7,6 +7,7 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+from aiobotocore.httpsession import AIOHTTPSession
 from aiohttp import ClientError as HttpError
 from botocore.exceptions import (
     BotoCoreError,
@@ -25,6 +26,7 @@ from loader.store.base import (
     Scheme,
     Stat,
     Transient,
+    asked_wait,
     changed,
     check_reply,
     pin_now,
@@ -32,6 +34,7 @@ from loader.store.base import (
     run_on_loop,
     told,
 )
+from loader.store.schemes.web import without_retries
 
 SCHEMES = ("s3", "s3a")
 
@@ -51,6 +54,13 @@ _OF_REQUESTS = {"requester_pays", "s3_additional_kwargs", "version_aware", "sess
 
 _SAID = re.compile("<(Code|Message)>([^<]*)</")
 _CREDENTIALS = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError)
+
+
+class _Session(AIOHTTPSession):  # type: ignore[misc]  # it has no types
+    """One that does not ask again by itself where a kept connection was reset."""
+
+    async def _get_session(self, proxy_url: str | None) -> Any:
+        return without_retries(await super()._get_session(proxy_url))
 
 
 class S3Scheme:
@@ -141,7 +151,7 @@ class S3Scheme:
     def _call(self, call: Any) -> Any:
         """Run on the event loop; say in our words what went wrong."""
         try:
-            return run_on_loop(self.fs.loop, call)
+            return run_on_loop(self.fs.loop, call, self._access.until)
         except Transient:
             raise
         except (ClientError, BotoCoreError, HttpError, OSError) as error:
@@ -174,7 +184,11 @@ def _of_answer(cause: ClientError) -> Exception:
     answer = cause.response.get("Error", {})
     status = cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
     what = str(answer.get("Message", ""))
-    return _of_code(status, str(answer.get("Code")), what) or Transient(f"status {status}: {what}".rstrip(":. "))
+    error = _of_code(status, str(answer.get("Code")), what) or Transient(f"status {status}: {what}".rstrip(":. "))
+    if isinstance(error, Transient):
+        headers = cause.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+        error.retry_after = asked_wait(headers.get("retry-after"))
+    return error
 
 
 def _of_code(status: int, code: str, message: str) -> Exception | None:
@@ -203,6 +217,7 @@ def _open_fs(access: Access, region: str | None = None) -> Any:
         "connect_timeout": access.timeout,
         "read_timeout": access.timeout,
         "retries": {"total_max_attempts": 1},  # the one retry layer is ours
+        "http_session_cls": _Session,
         "response_checksum_validation": "when_required",  # S3 sends none for a range; asking costs a pass over the data
         **options.pop("config_kwargs", {}),
     }

@@ -17,6 +17,7 @@ from loader.store.base import (
     Stat,
     Transient,
     Unusable,
+    asked_wait,
     changed,
     check_reply,
     pin_now,
@@ -30,15 +31,17 @@ CLIENT_BYTES = 8 << 20
 """Measured: 0.5 MiB as it is open, 3 to 6 with 16 connections at work."""
 
 
-def check_status(status: int, reason: str | None) -> None:
+def check_status(reply: aiohttp.ClientResponse) -> None:
     """Raise what an unsuccessful status means for a read."""
-    if (error := refusal(status, f"status {status} {reason or ''}".rstrip())) is not None:
+    if (error := refusal(reply.status, f"status {reply.status} {reply.reason or ''}".rstrip())) is not None:
+        if isinstance(error, Transient):
+            error.retry_after = asked_wait(reply.headers.get("Retry-After"))
         raise error
 
 
 async def fill(reply: aiohttp.ClientResponse, start: int, filler: Filler) -> None:
     """Check `reply`'s head, then copy its body."""
-    check_status(reply.status, reply.reason)
+    check_status(reply)
     check_reply(
         status=reply.status,
         content_range=reply.headers.get("Content-Range"),
@@ -50,10 +53,10 @@ async def fill(reply: aiohttp.ClientResponse, start: int, filler: Filler) -> Non
     filler.finish()
 
 
-def call(loop: Any, coroutine: Any, filler: Filler | None = None) -> Any:
-    """Run on the event loop; what the network does to a connection is transient."""
+def call(loop: Any, coroutine: Any, until: float, filler: Filler | None = None) -> Any:
+    """Run on the event loop, until `until`; what the network does to a connection is transient."""
     try:
-        return run_on_loop(loop, coroutine)
+        return run_on_loop(loop, coroutine, until)
     except Transient as error:
         error.filled = filler.filled if filler else 0
         raise
@@ -70,13 +73,20 @@ def socket_timeout(seconds: float) -> aiohttp.ClientTimeout:
     return aiohttp.ClientTimeout(total=None, sock_connect=seconds, sock_read=seconds)
 
 
+def without_retries(session: aiohttp.ClientSession) -> aiohttp.ClientSession:
+    """A session that does not ask again by itself where a kept connection was reset: the one retry layer is ours."""
+    session._retry_connection = False  # noqa: SLF001 - as aiohttp's own test client does: there is no option
+    return session
+
+
 class WebScheme:
     """A directory of a web server; it cannot be listed."""
 
-    def __init__(self, fs: Any, uri: str, timeout: float) -> None:
+    def __init__(self, fs: Any, access: Access) -> None:
         self.fs = fs
-        self.uri = uri
-        self.timeout = socket_timeout(timeout)
+        self.uri = access.uri
+        self.timeout = socket_timeout(access.timeout)
+        self.until = access.until
         self.direct = not fs.kwargs.keys() - {"headers"}  # what else aiohttp may be told, it must do itself
 
     def names(self) -> None:
@@ -84,26 +94,26 @@ class WebScheme:
 
     def stat(self, name: str) -> Stat:
         async def head() -> Stat:
-            async with self._request("HEAD", name, {}, await self.fs.set_session()) as reply:
-                check_status(reply.status, reply.reason)
+            async with await self._request("HEAD", name, {}) as reply:
+                check_status(reply)
                 if "Content-Length" not in reply.headers:
                     raise Unusable("the server does not tell the size of its objects: no Content-Length for a HEAD")
                 return Stat(int(reply.headers["Content-Length"]), _pin(reply.headers))
 
-        return call(self.fs.loop, head)  # type: ignore[no-any-return]
+        return call(self.fs.loop, head, self.until)  # type: ignore[no-any-return]
 
     def read(self, name: str, pin: str, start: int, buffer: memoryview) -> None:
         filler = Filler(buffer)
         headers = {"Range": f"bytes={start}-{start + len(buffer) - 1}"}
 
         async def get() -> None:
-            async with self._request("GET", name, headers, await self.fs.set_session()) as reply:
+            async with await self._request("GET", name, headers) as reply:
                 if reply.status < 300 and (found := _pin(reply.headers)) != pin:
                     raise changed(name, pin, found)
                 await fill(reply, start, filler)
 
         try:
-            call(self.fs.loop, get, filler)
+            call(self.fs.loop, get, self.until, filler)
         except FileNotFoundError as error:
             raise changed(name, pin, pin_now(self, name)) from error
 
@@ -116,7 +126,8 @@ class WebScheme:
     def refusal(self, status: int, reason: str, _: bytes) -> Exception | None:
         return refusal(status, f"status {status} {reason}".rstrip())
 
-    def _request(self, method: str, name: str, headers: dict[str, str], session: Any) -> Any:
+    async def _request(self, method: str, name: str, headers: dict[str, str]) -> Any:
+        session = without_retries(await self.fs.set_session())
         options = {k: v for k, v in self.fs.kwargs.items() if k != "headers"}
         head = {**self.fs.kwargs.get("headers", {}), **headers, "Accept-Encoding": "identity"}
         return session.request(method, self._url(name), headers=head, timeout=self.timeout, **options)
@@ -136,4 +147,4 @@ def _pin(headers: Mapping[str, str]) -> str:
 
 def open_scheme(access: Access) -> Scheme:
     fs, _ = url_to_fs(access.uri, **access.storage_options, skip_instance_cache=True)
-    return WebScheme(fs, access.uri, access.timeout)
+    return WebScheme(fs, access)

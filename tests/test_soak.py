@@ -1,0 +1,9 @@
+"""The soak's short form."""
+
+from __future__ import annotations
+
+from tests.soak import soak
+
+
+def test_a_few_loads_under_random_faults(tmp_path):
+    assert soak(6, 1, tmp_path).total() == 6
