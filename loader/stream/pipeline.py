@@ -1,8 +1,9 @@
 """Rounds through read, exchange and write, side by side.
 
-Reader threads fill buffers ahead; one thread (this module's `run`) owns the transport: it opens rounds in order, sends
-what was read and hands what arrived to the writer thread. A round's memory is one slot, used again only when everything
-in it was sent and written.
+Reader threads fill buffers ahead; one thread (this module's `run`) owns the transport: it opens rounds in order and
+sends what was read. The writer thread waits for what the others send, and writes it: so nothing that was read is held
+back until another rank has sent what it is late with. A round's memory is one slot, used again only when everything in
+it was sent and written.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor
 
+from loader.exchange.caller import Caller
 from loader.exchange.control import Control
 from loader.exchange.transport import Transport, Work
 from loader.place.landing import Landings
@@ -45,6 +48,7 @@ class _Open:
     reads: list[tuple[Read, Tensor, Future[None]]] = field(default_factory=list)
     receives: list[tuple[Message, Tensor, Work]] = field(default_factory=list)
     sends: list[Work] = field(default_factory=list)
+    arrivals: list[Future[None]] = field(default_factory=list)
     writes: list[Future[None]] = field(default_factory=list)
 
 
@@ -77,7 +81,7 @@ class Pipeline:
         self._transport = transport
         self._slots = [Slot() for _ in range(slots)]
         self._readers = ThreadPoolExecutor(concurrency, thread_name_prefix="loader-read")
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="loader-write")
+        self._writer = Caller("loader-write")  # which may wait for a lost rank for ever
 
     def run(self) -> None:
         """Run every round. After an error anywhere, end with the round that all peers end with, and return."""
@@ -93,12 +97,12 @@ class Pipeline:
                     opened += 1
                 if number == opened:
                     break
-                self._exchange(flights[number])
+                self._send(flights[number])
             while flights:
                 self._finish(flights.pop(min(flights)))
         finally:
             self._readers.shutdown(wait=False, cancel_futures=True)
-            self._writer.shutdown(wait=False)
+            self._writer.close()
 
     def _open(self, number: int) -> _Open:
         """Lay out the round's memory, queue its reads, and post all its receives."""
@@ -127,8 +131,8 @@ class Pipeline:
             self._control.fail(error)
             raise
 
-    def _exchange(self, flight: _Open) -> None:
-        """Send each extent as soon as it is there; then take what the others send."""
+    def _send(self, flight: _Open) -> None:
+        """Send each extent as soon as it is there, and leave it to the writer to take what the others send."""
         slot = self._slots[flight.round.number % len(self._slots)]
         for read, memory, future in flight.reads:
             arrived = self._await_read(future)
@@ -139,22 +143,20 @@ class Pipeline:
                 flight.sends += [self._transport.send(payload, rank) for rank in ranks]
                 self.exchanged_bytes += message.size * len(ranks)
             if arrived and read.own.pieces:
-                flight.writes.append(self._writer.submit(self._write_own, read.own, memory))
-        begun = time.monotonic()
+                flight.writes.append(self._writer.submit(partial(self._write_own, read.own, memory)))
         for message, memory, work in flight.receives:
-            work.wait()
-            if self._control.error is None:
-                flight.writes.append(self._writer.submit(self._write_received, message, memory))
-        self.seconds.exchange += time.monotonic() - begun
+            flight.arrivals.append(self._writer.submit(partial(self._receive, message, memory, work)))
 
     def _finish(self, flight: _Open) -> None:
         """Wait until nothing uses the round's memory any more."""
         begun = time.monotonic()
         for work in flight.sends:
             work.wait()
+        for arrival in flight.arrivals:
+            arrival.exception()  # a failed one has told the job already
         self.seconds.exchange += time.monotonic() - begun
         for write in flight.writes:
-            write.exception()  # a failed write has told the job already
+            write.exception()
 
     def _await_read(self, future: Future[None]) -> bool:
         """Whether the read's bytes are there; False once the job has failed."""
@@ -187,6 +189,15 @@ class Pipeline:
             for piece in message.pieces:
                 values = self._in_frame(piece.key, piece.frame, piece.at, piece.box, memory)
                 self._landings.land(piece.key, piece.box, values)
+
+    def _receive(self, message: Message, memory: Tensor, work: Work) -> None:
+        try:
+            work.wait()
+        except BaseException as error:
+            self._control.fail(error)
+            raise
+        if self._control.error is None:
+            self._write_received(message, memory)
 
     def _write_received(self, message: Message, memory: Tensor) -> None:
         with self._writing():

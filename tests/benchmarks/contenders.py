@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import s3fs
@@ -34,24 +35,31 @@ IN_FLIGHT = 16
 
 
 class Job(NamedTuple):
-    """What a rank is to load, from where. `scratch` is an empty directory of the host, `budget` bytes of memory."""
+    """What a rank is to load, from where. `scratch` is an empty directory of the host; `budget` is bytes of memory above
+    the shards; `read` are settings of this loader's alone."""
 
     uri: str
     storage_options: Mapping[str, Any]
     budget: int
     scratch: Path
+    read: Mapping[str, Any] = MappingProxyType({})
 
 
 def shared(job: Job, state: Mapping[str, DTensor]) -> Report:
-    return loader.load(state, job.uri, storage_options=job.storage_options, share="world", memory_budget=job.budget)
+    return _load(job, state, "world")
 
 
 def by_node(job: Job, state: Mapping[str, DTensor]) -> Report:
-    return loader.load(state, job.uri, storage_options=job.storage_options, share="node", memory_budget=job.budget)
+    return _load(job, state, "node")
 
 
 def alone(job: Job, state: Mapping[str, DTensor]) -> Report:
-    return loader.load(state, job.uri, storage_options=job.storage_options, share="none", memory_budget=job.budget)
+    return _load(job, state, "none")
+
+
+def _load(job: Job, state: Mapping[str, DTensor], share: str) -> Report:
+    options = {"storage_options": job.storage_options, "memory_budget": job.budget}
+    return loader.load(state, job.uri, share=share, **options, **job.read)
 
 
 def slices(job: Job, state: Mapping[str, DTensor]) -> None:

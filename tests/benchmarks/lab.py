@@ -109,6 +109,7 @@ class Bench:
             self.uri,
             self.server.at(self.proxy.url).storage_options,
             self.given.budget,
+            {"range_size": self.given.range, "concurrency": self.given.concurrency},
             self.given.timeout,
             self.copy if check else None,
         )
@@ -206,6 +207,8 @@ def main() -> int:
     parser.add_argument("--bucket", type=float, default=50, help="Mbit/s of a host's link to the bucket")
     parser.add_argument("--peers", type=float, default=200, help="Mbit/s of a host's link to the others")
     parser.add_argument("--budget", type=parse_bytes, default="64MiB", help="memory for each rank above its shards")
+    parser.add_argument("--range", type=parse_bytes, default="1MiB", help="this loader's read.range_size")
+    parser.add_argument("--concurrency", type=int, default=4, help="this loader's read.concurrency")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one run")
     parser.add_argument("--sealed", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()

@@ -28,6 +28,7 @@ class Task:
     uri: str
     storage_options: Mapping[str, Any]
     budget: int
+    read: Mapping[str, Any]
     timeout: float
     compare_with: Path | None
 

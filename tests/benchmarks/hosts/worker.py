@@ -81,7 +81,7 @@ def _measure(task: Task, folder: Path, number: int) -> Measured:
         tensor.to_local().zero_()
     scratch = folder / f"{number}-{os.environ['GROUP_RANK']}"
     scratch.mkdir(exist_ok=True)
-    job = Job(task.uri, task.storage_options, task.budget, scratch)
+    job = Job(task.uri, task.storage_options, task.budget, scratch, task.read)
     with _peak_memory() as peak:
         dist.barrier()
         links, cpu, begun = _links(), _cpu(), time.perf_counter()
