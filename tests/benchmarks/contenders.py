@@ -35,8 +35,8 @@ IN_FLIGHT = 16
 
 
 class Job(NamedTuple):
-    """What a rank is to load, from where. `scratch` is an empty directory of the host; `budget` is bytes of memory above
-    the shards; `read` are settings of this loader's alone."""
+    """What a rank is to load, from where. `scratch` is an empty directory of the host, `budget` bytes of memory,
+    `read` settings of this loader alone."""
 
     uri: str
     storage_options: Mapping[str, Any]

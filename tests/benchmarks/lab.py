@@ -207,7 +207,7 @@ def main() -> int:
     parser.add_argument("--bucket", type=float, default=50, help="Mbit/s of a host's link to the bucket")
     parser.add_argument("--peers", type=float, default=200, help="Mbit/s of a host's link to the others")
     parser.add_argument("--budget", type=parse_bytes, default="64MiB", help="memory for each rank above its shards")
-    parser.add_argument("--range", type=parse_bytes, default="1MiB", help="this loader's read.range_size")
+    parser.add_argument("--range", type=parse_bytes, default="512KiB", help="this loader's read.range_size")
     parser.add_argument("--concurrency", type=int, default=4, help="this loader's read.concurrency")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one run")
     parser.add_argument("--sealed", action="store_true", help=argparse.SUPPRESS)
