@@ -1,17 +1,16 @@
 """Rounds through read, exchange and write, side by side.
 
-Reader threads fill buffers ahead; one thread (this module's `run`) owns the transport: it opens rounds in order and
-sends what was read. The writer thread waits for what the others send, and writes it: so nothing that was read is held
-back until another rank has sent what it is late with. A round's memory is one slot, used again only when everything in
-it was sent and written.
+Reader threads fill buffers ahead; one thread (this module's `run`) owns the transport: it opens rounds in order, as
+soon as there is room, and sends what was read. The writer thread waits for what the others send, and writes it: so what
+was read is not held back until another rank has sent what it is late with. A round's memory is one slot, used again
+only when everything in it was sent and written.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NotYet
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -48,8 +47,8 @@ class _Open:
     reads: list[tuple[Read, Tensor, Future[None]]] = field(default_factory=list)
     receives: list[tuple[Message, Tensor, Work]] = field(default_factory=list)
     sends: list[Work] = field(default_factory=list)
-    arrivals: list[Future[None]] = field(default_factory=list)
-    writes: list[Future[None]] = field(default_factory=list)
+    done: Future[None] = field(default_factory=Future)
+    """Nothing uses its memory any more."""
 
 
 class Pipeline:
@@ -80,29 +79,49 @@ class Pipeline:
         self._control = control
         self._transport = transport
         self._slots = [Slot() for _ in range(slots)]
+        self._flights: list[_Open] = []  # of each slot the last round, which may be done
+        self._opened = 0
         self._readers = ThreadPoolExecutor(concurrency, thread_name_prefix="loader-read")
         self._writer = Caller("loader-write")  # which may wait for a lost rank for ever
 
     def run(self) -> None:
         """Run every round. After an error anywhere, end with the round that all peers end with, and return."""
-        flights: dict[int, _Open] = {}
-        opened = 0
         try:
             for number in range(self._schedule.rounds):
-                ahead = min(self._schedule.rounds, number + len(self._slots))
-                while opened < ahead and self._control.may_start(opened):
-                    if opened >= len(self._slots):
-                        self._finish(flights.pop(opened - len(self._slots)))
-                    flights[opened] = self._open(opened)
-                    opened += 1
-                if number == opened:
+                while self._opened <= number and self._control.may_start(self._opened):
+                    self._wait_for(self._in_the_way())
+                    self._open_next()
+                if number == self._opened:
                     break
-                self._send(flights[number])
-            while flights:
-                self._finish(flights.pop(min(flights)))
+                self._open_ahead()
+                self._send(self._flights[number % len(self._slots)])
+            self._wait_for(self._flights)
         finally:
             self._readers.shutdown(wait=False, cancel_futures=True)
             self._writer.close()
+
+    def _open_ahead(self) -> None:
+        """Open rounds while there are slots that nothing uses any more."""
+        while self._opened < self._schedule.rounds and all(flight.done.done() for flight in self._in_the_way()):
+            if not self._control.may_start(self._opened):
+                return
+            self._open_next()
+
+    def _in_the_way(self) -> list[_Open]:
+        """The round that has the slot of the next to be opened, if there is one."""
+        if self._opened < len(self._slots):
+            return []
+        return [self._flights[self._opened % len(self._slots)]]
+
+    def _wait_for(self, flights: Sequence[_Open]) -> None:
+        begun = time.monotonic()
+        wait([flight.done for flight in flights])
+        self.seconds.exchange += time.monotonic() - begun
+
+    def _open_next(self) -> None:
+        place = self._opened % len(self._slots)
+        self._flights[place : place + 1] = [self._open(self._opened)]
+        self._opened += 1
 
     def _open(self, number: int) -> _Open:
         """Lay out the round's memory, queue its reads, and post all its receives."""
@@ -143,30 +162,31 @@ class Pipeline:
                 flight.sends += [self._transport.send(payload, rank) for rank in ranks]
                 self.exchanged_bytes += message.size * len(ranks)
             if arrived and read.own.pieces:
-                flight.writes.append(self._writer.submit(partial(self._write_own, read.own, memory)))
+                self._writer.submit(partial(self._write_own, read.own, memory))
         for message, memory, work in flight.receives:
-            flight.arrivals.append(self._writer.submit(partial(self._receive, message, memory, work)))
+            self._writer.submit(partial(self._receive, message, memory, work))
+        self._writer.submit(partial(self._end, flight))  # the last of the round's, which are done in turn
 
-    def _finish(self, flight: _Open) -> None:
-        """Wait until nothing uses the round's memory any more."""
-        begun = time.monotonic()
-        for work in flight.sends:
-            work.wait()
-        for arrival in flight.arrivals:
-            arrival.exception()  # a failed one has told the job already
-        self.seconds.exchange += time.monotonic() - begun
-        for write in flight.writes:
-            write.exception()
+    def _end(self, flight: _Open) -> None:
+        """Wait for what is sent, and give the round's memory free."""
+        try:
+            for work in flight.sends:
+                work.wait()
+        except BaseException as error:
+            self._control.fail(error)
+            raise
+        finally:
+            flight.done.set_result(None)
 
     def _await_read(self, future: Future[None]) -> bool:
-        """Whether the read's bytes are there; False once the job has failed."""
+        """Whether the read's bytes are there; False once the job has failed. Meanwhile further rounds are opened."""
         begun = time.monotonic()
         try:
             while self._control.error is None:
-                try:
-                    return future.exception(LOOK) is None
-                except NotYet:
-                    continue
+                self._open_ahead()
+                wait([future, *(flight.done for flight in self._in_the_way())], LOOK, FIRST_COMPLETED)
+                if future.done():
+                    return future.exception() is None
             return False
         finally:
             self.seconds.read += time.monotonic() - begun
