@@ -109,9 +109,8 @@ class Pipeline:
 
     def _in_the_way(self) -> list[_Open]:
         """The round that has the slot of the next to be opened, if there is one."""
-        if self._opened < len(self._slots):
-            return []
-        return [self._flights[self._opened % len(self._slots)]]
+        place = self._opened % len(self._slots)
+        return self._flights[place : place + 1]
 
     def _wait_for(self, flights: Sequence[_Open]) -> None:
         begun = time.monotonic()

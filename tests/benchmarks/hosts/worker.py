@@ -115,7 +115,7 @@ def _cpu() -> float:
 def _peak_memory() -> Iterator[list[int]]:
     """The peak of this process's proportional share of memory, mapped files among it, above what it has now.
 
-    The kernel adds it up page by page, so it is asked 10 times a second.
+    The kernel adds it up page by page, 8 ms of CPU for 0.5 GB, so it is asked only twice a second.
     """
 
     def look() -> int:
@@ -124,7 +124,7 @@ def _peak_memory() -> Iterator[list[int]]:
         return int(found[1]) << 10
 
     def sample() -> None:
-        while not done.wait(0.1):
+        while not done.wait(0.5):
             peak[0] = max(peak[0], look() - before)
 
     done, before, peak = threading.Event(), look(), [0]
