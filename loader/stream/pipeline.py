@@ -47,8 +47,7 @@ class _Open:
     reads: list[tuple[Read, Tensor, Future[None]]] = field(default_factory=list)
     receives: list[tuple[Message, Tensor, Work]] = field(default_factory=list)
     sends: list[Work] = field(default_factory=list)
-    done: Future[None] = field(default_factory=Future)
-    """Nothing uses its memory any more."""
+    done: Future[None] = field(default_factory=Future)  # nothing uses its memory any more
 
 
 class Pipeline:
@@ -204,7 +203,7 @@ class Pipeline:
         return packed
 
     def _write_own(self, message: Message, memory: Tensor) -> None:
-        with self._writing():
+        with _Writing(self):
             for piece in message.pieces:
                 values = self._in_frame(piece.key, piece.frame, piece.at, piece.box, memory)
                 self._landings.land(piece.key, piece.box, values)
@@ -219,7 +218,7 @@ class Pipeline:
             self._write_received(message, memory)
 
     def _write_received(self, message: Message, memory: Tensor) -> None:
-        with self._writing():
+        with _Writing(self):
             at = 0
             for piece in message.pieces:
                 dtype = self._entries[piece.key].dtype
@@ -231,9 +230,6 @@ class Pipeline:
         dtype = self._entries[key].dtype
         size = frame.numel * dtype.itemsize
         return as_tensor(memory[at : at + size], dtype, frame.sizes)[box.slices(frame.offsets)]
-
-    def _writing(self) -> _Writing:
-        return _Writing(self)
 
 
 class _Writing:
