@@ -160,7 +160,7 @@ def running(command: Sequence[str], port: int, *, timeout: float = 30) -> Iterat
             stdout=log,
             stderr=log,
             start_new_session=True,
-            preexec_fn=_die_with_parent,  # noqa: PLW1509 - one system call, nothing that could deadlock
+            preexec_fn=die_with_parent,  # noqa: PLW1509 - one system call, nothing that could deadlock
         )
         try:
             deadline = time.monotonic() + timeout
@@ -176,7 +176,7 @@ def running(command: Sequence[str], port: int, *, timeout: float = 30) -> Iterat
             process.wait()
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """A parent that is killed cannot end its servers."""
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

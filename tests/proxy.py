@@ -71,13 +71,13 @@ class CountingProxy:
     chunks that it gives, raise ConnectionError, the client's connection is reset.
     """
 
-    def __init__(self, target: str, listeners: int = 1) -> None:
+    def __init__(self, target: str, listeners: int = 1, *, address: str = "127.0.0.1") -> None:
         parts = urllib.parse.urlsplit(target)
         assert parts.hostname is not None
         self.target = (parts.hostname, parts.port)
         self.requests: list[Request] = []
         self.hook: Hook = lambda request, forward: forward(request)
-        self._listeners = [_Listener(self, rank) for rank in range(listeners)]
+        self._listeners = [_Listener(self, rank, address) for rank in range(listeners)]
 
     def __enter__(self) -> Self:
         for listener in self._listeners:
@@ -91,7 +91,8 @@ class CountingProxy:
             listener.close_connections()
 
     def url_for(self, rank: int) -> str:
-        return f"http://127.0.0.1:{self._listeners[rank].server_address[1]}"
+        address, port = self._listeners[rank].server_address
+        return f"http://{address}:{port}"
 
     @property
     def url(self) -> str:
@@ -126,11 +127,11 @@ class _Listener(socketserver.ThreadingTCPServer):
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, proxy: CountingProxy, rank: int) -> None:
+    def __init__(self, proxy: CountingProxy, rank: int, address: str) -> None:
         self.proxy = proxy
         self.rank = rank
         self.connections: set[socket.socket] = set()
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__((address, 0), _Handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self.connections.add(request)

@@ -23,13 +23,18 @@ class Caller:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
+    def submit(self, work: Callable[[], T]) -> Future[T]:
+        """What `work()` will return or raise, once its turn has come."""
+        future: Future[T] = Future()
+        self._calls.put((work, future))
+        return future
+
     def call(self, work: Callable[[], T], give_up: Callable[[], BaseException | None]) -> T:
         """What `work()` returns or raises; or raise what `give_up` returns, as soon as that is an error.
 
         Raises RuntimeError after `close`: a reader that a failed load left behind may come late.
         """
-        future: Future[T] = Future()
-        self._calls.put((work, future))
+        future = self.submit(work)
         while True:
             try:
                 return future.result(LOOK)

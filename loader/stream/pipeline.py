@@ -1,20 +1,22 @@
 """Rounds through read, exchange and write, side by side.
 
-Reader threads fill buffers ahead; one thread (this module's `run`) owns the transport: it opens rounds in order, sends
-what was read and hands what arrived to the writer thread. A round's memory is one slot, used again only when everything
-in it was sent and written.
+Reader threads fill buffers ahead; one thread (this module's `run`) owns the transport: it opens rounds in order, as
+soon as there is room, and sends what was read. The writer thread waits for what the others send, and writes it: so what
+was read is not held back until another rank has sent what it is late with. A round's memory is one slot, used again
+only when everything in it was sent and written.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NotYet
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor
 
+from loader.exchange.caller import Caller
 from loader.exchange.control import Control
 from loader.exchange.transport import Transport, Work
 from loader.place.landing import Landings
@@ -45,7 +47,7 @@ class _Open:
     reads: list[tuple[Read, Tensor, Future[None]]] = field(default_factory=list)
     receives: list[tuple[Receive, Tensor, Work]] = field(default_factory=list)
     sends: list[Work] = field(default_factory=list)
-    writes: list[Future[None]] = field(default_factory=list)
+    done: Future[None] = field(default_factory=Future)  # nothing uses its memory any more
 
 
 class Pipeline:
@@ -77,29 +79,48 @@ class Pipeline:
         self._control = control
         self._transport = transport
         self._slots = [Slot() for _ in range(slots)]
+        self._flights: list[_Open] = []  # of each slot the last round, which may be done
+        self._opened = 0
         self._readers = ThreadPoolExecutor(concurrency, thread_name_prefix="loader-read")
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="loader-write")
+        self._writer = Caller("loader-write")  # which may wait for a lost rank for ever
 
     def run(self) -> None:
         """Run every round. After an error anywhere, end with the round that all peers end with, and return."""
-        flights: dict[int, _Open] = {}
-        opened = 0
         try:
             for number in range(self._schedule.rounds):
-                ahead = min(self._schedule.rounds, number + len(self._slots))
-                while opened < ahead and self._control.may_start(opened):
-                    if opened >= len(self._slots):
-                        self._finish(flights.pop(opened - len(self._slots)))
-                    flights[opened] = self._open(opened)
-                    opened += 1
-                if number == opened:
+                while self._opened <= number and self._control.may_start(self._opened):
+                    self._wait_for(self._in_the_way())
+                    self._open_next()
+                if number == self._opened:
                     break
-                self._exchange(flights[number])
-            while flights:
-                self._finish(flights.pop(min(flights)))
+                self._open_ahead()
+                self._send(self._flights[number % len(self._slots)])
+            self._wait_for(self._flights)
         finally:
             self._readers.shutdown(wait=False, cancel_futures=True)
-            self._writer.shutdown(wait=False)
+            self._writer.close()
+
+    def _open_ahead(self) -> None:
+        """Open rounds while there are slots that nothing uses any more."""
+        while self._opened < self._schedule.rounds and all(flight.done.done() for flight in self._in_the_way()):
+            if not self._control.may_start(self._opened):
+                return
+            self._open_next()
+
+    def _in_the_way(self) -> list[_Open]:
+        """The round that has the slot of the next to be opened, if there is one."""
+        place = self._opened % len(self._slots)
+        return self._flights[place : place + 1]
+
+    def _wait_for(self, flights: Sequence[_Open]) -> None:
+        begun = time.monotonic()
+        wait([flight.done for flight in flights])
+        self.seconds.exchange += time.monotonic() - begun
+
+    def _open_next(self) -> None:
+        place = self._opened % len(self._slots)
+        self._flights[place : place + 1] = [self._open(self._opened)]
+        self._opened += 1
 
     def _open(self, number: int) -> _Open:
         """Lay out the round's memory, queue its reads, and post all its receives."""
@@ -128,8 +149,8 @@ class Pipeline:
             self._control.fail(error)
             raise
 
-    def _exchange(self, flight: _Open) -> None:
-        """Send each extent as soon as it is there; then take what the others send."""
+    def _send(self, flight: _Open) -> None:
+        """Send each extent as soon as it is there, and leave it to the writer to take what the others send."""
         slot = self._slots[flight.round.number % len(self._slots)]
         for read, memory, future in flight.reads:
             arrived = self._await_read(future)
@@ -140,32 +161,31 @@ class Pipeline:
                 flight.sends += self._transport.send(payload, ranks)
                 self.exchanged_bytes += message.size * len(ranks)
             if arrived and read.own.pieces:
-                flight.writes.append(self._writer.submit(self._write_own, read.own, memory))
-        begun = time.monotonic()
+                self._writer.submit(partial(self._write_own, read.own, memory))
         for receive, memory, work in flight.receives:
-            work.wait()
-            if self._control.error is None:
-                flight.writes.append(self._writer.submit(self._write_received, receive, memory, work))
-        self.seconds.exchange += time.monotonic() - begun
+            self._writer.submit(partial(self._receive, receive, memory, work))
+        self._writer.submit(partial(self._end, flight))  # the last of the round's, which are done in turn
 
-    def _finish(self, flight: _Open) -> None:
-        """Wait until nothing uses the round's memory any more."""
-        begun = time.monotonic()
-        for work in flight.sends:
-            work.wait()
-        self.seconds.exchange += time.monotonic() - begun
-        for write in flight.writes:
-            write.exception()  # a failed write has told the job already
+    def _end(self, flight: _Open) -> None:
+        """Wait for what is sent, and give the round's memory free."""
+        try:
+            for work in flight.sends:
+                work.wait()
+        except BaseException as error:
+            self._control.fail(error)
+            raise
+        finally:
+            flight.done.set_result(None)
 
     def _await_read(self, future: Future[None]) -> bool:
-        """Whether the read's bytes are there; False once the job has failed."""
+        """Whether the read's bytes are there; False once the job has failed. Meanwhile further rounds are opened."""
         begun = time.monotonic()
         try:
             while self._control.error is None:
-                try:
-                    return future.exception(LOOK) is None
-                except NotYet:
-                    continue
+                self._open_ahead()
+                wait([future, *(flight.done for flight in self._in_the_way())], LOOK, FIRST_COMPLETED)
+                if future.done():
+                    return future.exception() is None
             return False
         finally:
             self.seconds.read += time.monotonic() - begun
@@ -184,13 +204,22 @@ class Pipeline:
         return packed
 
     def _write_own(self, message: Message, memory: Tensor) -> None:
-        with self._writing():
+        with _Writing(self):
             for piece in message.pieces:
                 values = self._in_frame(piece.key, piece.frame, piece.at, piece.box, memory)
                 self._landings.land(piece.key, piece.box, values)
 
+    def _receive(self, receive: Receive, memory: Tensor, work: Work) -> None:
+        try:
+            work.wait()
+        except BaseException as error:
+            self._control.fail(error)
+            raise
+        if self._control.error is None:
+            self._write_received(receive, memory, work)
+
     def _write_received(self, receive: Receive, memory: Tensor, work: Work) -> None:
-        with self._writing():
+        with _Writing(self):
             work.check(memory, lambda: self._described(receive))
             at = 0
             for piece in receive.message.pieces:
@@ -211,9 +240,6 @@ class Pipeline:
         dtype = self._entries[key].dtype
         size = frame.numel * dtype.itemsize
         return as_tensor(memory[at : at + size], dtype, frame.sizes)[box.slices(frame.offsets)]
-
-    def _writing(self) -> _Writing:
-        return _Writing(self)
 
 
 class _Writing:

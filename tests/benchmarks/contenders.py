@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import s3fs
@@ -22,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 import loader
+from loader.report import Report
 
 PIECE_BYTES = 16 << 20
 """A larger slice is read in several ranges, else one connection reads the embedding while the others are done."""
@@ -31,20 +35,31 @@ IN_FLIGHT = 16
 
 
 class Job(NamedTuple):
-    """What a rank is to load, from where. `scratch` is an empty directory of the host, `budget` bytes of memory."""
+    """What a rank is to load, from where. `scratch` is an empty directory of the host, `budget` bytes of memory,
+    `read` settings of this loader alone."""
 
     uri: str
     storage_options: Mapping[str, Any]
     budget: int
     scratch: Path
+    read: Mapping[str, Any] = MappingProxyType({})
 
 
-def shared(job: Job, state: Mapping[str, DTensor]) -> None:
-    loader.load(state, job.uri, storage_options=job.storage_options, share="world", memory_budget=job.budget)
+def shared(job: Job, state: Mapping[str, DTensor]) -> Report:
+    return _load(job, state, "world")
 
 
-def alone(job: Job, state: Mapping[str, DTensor]) -> None:
-    loader.load(state, job.uri, storage_options=job.storage_options, share="none", memory_budget=job.budget)
+def by_node(job: Job, state: Mapping[str, DTensor]) -> Report:
+    return _load(job, state, "node")
+
+
+def alone(job: Job, state: Mapping[str, DTensor]) -> Report:
+    return _load(job, state, "none")
+
+
+def _load(job: Job, state: Mapping[str, DTensor], share: str) -> Report:
+    options = {"storage_options": job.storage_options, "memory_budget": job.budget}
+    return loader.load(state, job.uri, share=share, **options, **job.read)
 
 
 def slices(job: Job, state: Mapping[str, DTensor]) -> None:
@@ -52,24 +67,57 @@ def slices(job: Job, state: Mapping[str, DTensor]) -> None:
 
     (s3fs holds a range twice for a moment: its chunks, and what it joins them to.)
     """
-    fs = s3fs.S3FileSystem(**job.storage_options, skip_instance_cache=True)
-    for batch in _batches(_pieces(fs, job.uri, state), job.budget // 2):
-        paths, starts, stops = ([getattr(piece, name) for piece in batch] for name in ("path", "start", "stop"))
-        found = fs.cat_ranges(paths, starts, stops, batch_size=IN_FLIGHT, on_error="raise")
-        for piece in batch:
-            piece.fill(found.pop(0))
+    fs = s3_of(job)
+    _fill_slices(job, state, lambda *ranges: fs.cat_ranges(*ranges, batch_size=IN_FLIGHT, on_error="raise"))
+
+
+def obstore_slices(job: Job, state: Mapping[str, DTensor]) -> None:
+    """The same with obstore, in threads."""
+    import obstore
+
+    store = obstore.store.S3Store(
+        job.uri.removeprefix("s3://").partition("/")[0],
+        endpoint=job.storage_options["client_kwargs"]["endpoint_url"],
+        access_key_id=job.storage_options["key"],
+        secret_access_key=job.storage_options["secret"],
+        region="us-east-1",
+        client_options={"allow_http": True},
+    )
+
+    def read(path: str, start: int, stop: int) -> Any:
+        return obstore.get_range(store, path.partition("/")[2], start=start, end=stop)
+
+    with ThreadPoolExecutor(IN_FLIGHT) as pool:
+        _fill_slices(job, state, lambda *ranges: list(pool.map(read, *ranges)))
 
 
 def download(job: Job, state: Mapping[str, DTensor]) -> None:
-    """The host's ranks share the files out and download them with s3fs; then every rank loads from the local disk."""
-    fs = s3fs.S3FileSystem(**job.storage_options, skip_instance_cache=True)
-    mine = _files(fs, job.uri)[dist.get_rank() :: dist.get_world_size()]
-    fs.get(mine, [str(job.scratch / Path(path).name) for path in mine], batch_size=IN_FLIGHT)
-    dist.barrier()
+    """Download to the host; then every rank loads from the local disk."""
+    get(job)
     dcp.load(dict(state), storage_reader=HuggingFaceStorageReader(str(job.scratch), thread_count=4))
 
 
-CONTENDERS: dict[str, Callable[[Job, Mapping[str, DTensor]], None]] = {
+def get(job: Job) -> None:
+    """The host's ranks share the files out and download them with s3fs."""
+    fs = s3_of(job)
+    mine = fs.ls(job.uri, detail=False)[int(os.environ["LOCAL_RANK"]) :: int(os.environ["LOCAL_WORLD_SIZE"])]
+    fs.get(mine, [str(job.scratch / Path(path).name) for path in mine], batch_size=IN_FLIGHT)
+    dist.barrier()
+
+
+def s3_of(job: Job) -> s3fs.S3FileSystem:
+    return s3fs.S3FileSystem(**job.storage_options, skip_instance_cache=True)
+
+
+def part_of(tensor: DTensor) -> tuple[slice, ...]:
+    """Where this rank's shard stands in the whole tensor."""
+    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))
+
+
+Contender = Callable[[Job, Mapping[str, DTensor]], Report | None]
+
+CONTENDERS: dict[str, Contender] = {
     "loader, share=world": shared,
     "loader, share=none": alone,
     "s3fs, own slices": slices,
@@ -87,25 +135,32 @@ class _Piece(NamedTuple):
     shape: tuple[int, ...]
     view: torch.Tensor
 
-    def fill(self, data: bytes) -> None:
+    def fill(self, data: Any) -> None:
         with warnings.catch_warnings(action="ignore"):  # bytes cannot be written to, and are not
             rows = torch.frombuffer(data, dtype=self.view.dtype).view(self.shape)
         self.view.copy_(rows[(slice(None), *self.columns)])
+
+
+def _fill_slices(job: Job, state: Mapping[str, DTensor], fetch: Callable[..., list[Any]]) -> None:
+    """`fetch(paths, starts, stops)` gives the bytes of some ranges."""
+    for batch in _batches(_pieces(s3_of(job), job.uri, state), job.budget // 2):
+        found = fetch(*([getattr(piece, name) for piece in batch] for name in ("path", "start", "stop")))
+        for piece in batch:
+            piece.fill(found.pop(0))
 
 
 def _pieces(fs: Any, uri: str, state: Mapping[str, DTensor]) -> Iterator[_Piece]:
     places = _places(fs, uri)
     for key, tensor in sorted(state.items(), key=lambda item: places[item[0]]):
         path, begin = places[key]
-        sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        rows, *columns = part_of(tensor)
         local, inner = tensor.to_local(), tuple(tensor.shape[1:])
-        columns = tuple(slice(o, o + s) for o, s in zip(offsets[1:], sizes[1:], strict=True))
         row_bytes = math.prod(inner) * tensor.dtype.itemsize
         step = max(1, PIECE_BYTES // row_bytes)
-        for first in range(0, sizes[0], step):
+        for first in range(0, len(local), step):
             view = local[first : first + step]
-            start = begin + (offsets[0] + first) * row_bytes
-            yield _Piece(path, start, start + len(view) * row_bytes, columns, (len(view), *inner), view)
+            start = begin + (rows.start + first) * row_bytes
+            yield _Piece(path, start, start + len(view) * row_bytes, tuple(columns), (len(view), *inner), view)
 
 
 def _batches(pieces: Iterator[_Piece], limit: int) -> Iterator[list[_Piece]]:

@@ -41,13 +41,12 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from launch.local_s3 import S3Server, s3_server
 from loader.config.values import parse_bytes
 from loader.memory import PeakMemory
 from loader.place.state_dict import Rule, empty_state_dict
-from tests.benchmarks.contenders import CONTENDERS, Job
+from tests.benchmarks.contenders import CONTENDERS, Job, part_of
 from tests.checkpoints import random_checkpoint, same_bits
 from tests.proxy import CountingProxy
 from tests.ranks import run_ranks
@@ -125,11 +124,7 @@ def compare(state: Mapping[str, DTensor], directory: Path) -> None:
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118 - no mapping
                 tensor = state[key]
-                sizes, offsets = compute_local_shape_and_global_offset(
-                    tensor.shape, tensor.device_mesh, tensor.placements
-                )
-                part = tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))
-                assert same_bits(tensor.to_local(), file.get_slice(key)[part]), f"{key} differs"
+                assert same_bits(tensor.to_local(), file.get_slice(key)[part_of(tensor)]), f"{key} differs"
                 left.remove(key)
     assert not left, left
 

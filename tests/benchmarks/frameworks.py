@@ -1,0 +1,78 @@
+"""More contenders: what frameworks do today, as their users call it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping
+
+import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoModelForCausalLM
+
+from tests.benchmarks import contenders
+from tests.benchmarks.contenders import Contender, Job, get, part_of, s3_of
+
+
+def pretrained(job: Job, state: Mapping[str, DTensor]) -> None:
+    """Download; then every rank makes the whole model and distributes it, as OLMo-core's `load_hf_model` does."""
+    get(job)
+    whole = AutoModelForCausalLM.from_pretrained(job.scratch, dtype=torch.bfloat16).state_dict()
+    for key, tensor in state.items():
+        placed = distribute_tensor(whole[key], tensor.device_mesh, tensor.placements)
+        tensor.to_local().copy_(placed.to_local())
+
+
+def streamer(job: Job, state: Mapping[str, DTensor]) -> None:
+    _stream(job, state, is_distributed=False)
+
+
+def distributed_streamer(job: Job, state: Mapping[str, DTensor]) -> None:
+    _stream(job, state, is_distributed=True)
+
+
+def _stream(job: Job, state: Mapping[str, DTensor], *, is_distributed: bool) -> None:
+    """Run:ai's model streamer brings every rank all tensors; each keeps its part."""
+    os.environ |= {
+        "AWS_ENDPOINT_URL": job.storage_options["client_kwargs"]["endpoint_url"],
+        "AWS_ACCESS_KEY_ID": job.storage_options["key"],
+        "AWS_SECRET_ACCESS_KEY": job.storage_options["secret"],
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING": "0",
+        "RUNAI_STREAMER_MEMORY_LIMIT": str(job.budget),
+        "RUNAI_STREAMER_DIST": "1",
+        "RUNAI_STREAMER_DIST_GLOBAL": "1",  # all ranks share out what is read, not those of each host
+        "RUNAI_STREAMER_LOG_LEVEL": "WARNING",
+    }
+    from runai_model_streamer import SafetensorsStreamer
+
+    paths = [f"s3://{path}" for path in s3_of(job).ls(job.uri, detail=False) if path.endswith(".safetensors")]
+    with SafetensorsStreamer() as files:
+        files.stream_files(paths, device="cpu", is_distributed=is_distributed)
+        for key, whole in files.get_tensors():
+            state[key].to_local().copy_(whole[part_of(state[key])])
+
+
+ALL: dict[str, Contender] = {
+    "loader, share=world": contenders.shared,
+    "loader, share=node": contenders.by_node,
+    "loader, share=none": contenders.alone,
+    "s3fs, own slices": contenders.slices,
+    "obstore, own slices": contenders.obstore_slices,
+    "s3fs get, dcp.load": contenders.download,
+    "s3fs get, from_pretrained": pretrained,
+    "Run:ai streamer": streamer,
+    "Run:ai, distributed": distributed_streamer,
+}
+
+_PACKAGES = {
+    contenders.obstore_slices: ("obstore",),
+    streamer: ("runai_model_streamer", "runai_model_streamer_s3"),
+    distributed_streamer: ("runai_model_streamer", "runai_model_streamer_s3"),
+}
+
+
+def missing(name: str) -> str | None:
+    """The package that this contender lacks here."""
+    return next((each for each in _PACKAGES.get(ALL[name], ()) if importlib.util.find_spec(each) is None), None)

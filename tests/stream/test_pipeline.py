@@ -1,0 +1,58 @@
+import time
+
+import torch
+
+import loader
+from loader.exchange.transport import Transport
+from tests.proxy import CountingProxy
+from tests.ranks import run_ranks
+from tests.shards import write_file
+
+ROUNDS_IN_FLIGHT = 4
+OPTIONS = {"memory_budget": "28MiB", "range_size": "128KiB"}  # of which the client takes 24 MiB
+
+
+def load(uri, options, log):
+    """Fill a replicated tensor; note every message that rank 0 sends in the file `log`."""
+    rank = torch.distributed.get_rank()
+    send = Transport.send
+
+    def noted(self, view, to):
+        with log.open("a") as file:
+            file.write(f"{view.numel()}\n")
+        return send(self, view, to)
+
+    if rank == 0:
+        Transport.send = noted
+    state = {"weight": torch.zeros(2048, 1024)}
+    report = loader.load(state, uri, storage_options=options[rank], **OPTIONS)
+    return report.ranks[0].exchanged_bytes, state["weight"].sum().item()
+
+
+def sent(log):
+    return sum(map(int, log.read_text().split())) if log.exists() else 0
+
+
+def test_what_was_read_is_sent_while_another_rank_is_late_with_an_earlier_round(s3, tmp_path):
+    """Rank 1's first read is held until rank 0 has sent more than the half of one round that is its to send."""
+    directory, log = tmp_path / "checkpoint", tmp_path / "sent"
+    directory.mkdir()
+    write_file(directory / "model.safetensors", {"weight": torch.ones(2048, 1024)})
+    uri, seen = s3.put(directory), []
+
+    def hold(request, forward):
+        if request.rank == 1 and request.range and not seen:
+            seen.append(request)
+            until = time.monotonic() + 20
+            while sent(log) < 1 << 20 and time.monotonic() < until:
+                time.sleep(0.01)
+            seen.append(sent(log))
+        return forward(request)
+
+    with CountingProxy(s3.endpoint, listeners=2) as proxy:
+        proxy.on_request(hold)
+        options = [s3.at(proxy.url_for(rank)).storage_options for rank in range(2)]
+        found = run_ranks(2, load, uri, options, log)
+    assert [total for _, total in found] == [2048 * 1024] * 2
+    assert seen[1] >= 1 << 20
+    assert seen[1] < found[0][0], "it held nothing back"
