@@ -2,8 +2,8 @@
 
     python tests/benchmarks/convert_scale.py [--ranks 1024] [--layers 8 15 30 61]
 
-The checkpoint is DeepSeek-V3's by shape, fp8 with its scales; the conversion stacks the experts of a layer and
-transposes them, weights and scales alike, and shards them over the ranks. Headers are synthesised and nothing is read.
+The checkpoint is DeepSeek-V3's by shape, fp8 with its scales, and seen dequantised; the conversion stacks the experts
+of a layer and transposes them, and every rank has a part of each. Headers are synthesised and nothing is read.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import torch
 from torch.distributed.tensor import Shard
 
 from loader.convert.conversion import apply, visible_keys
+from loader.convert.quantised import dequantise
 from loader.place.boxes import shard_boxes, shard_shape
 from loader.place.targets import Target
 from loader.plan.catalog import Catalog, File
@@ -25,6 +26,7 @@ from loader.stream.demand import check_unused, make_demand
 from tests.benchmarks.plan_scale import catalogue, deepseek
 
 EXPERTS = 256
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 
 
 def stack_experts(checkpoint, _):
@@ -42,7 +44,7 @@ def measure(layers, ranks):
     names, entries = catalogue(keys)
     catalog = Catalog((File("synthetic", 0, "", 0),), dict(zip(names, entries, strict=True)))
     begun = time.perf_counter()
-    visible = visible_keys(catalog, (), "")
+    visible = dequantise(visible_keys(catalog, (), ""), FP8)
     outputs = apply(stack_experts, visible, None)
     traced = time.perf_counter()
     targets = [target(fqn, node, ranks) for fqn, node in outputs.items()]
@@ -53,7 +55,7 @@ def measure(layers, ranks):
 
 def target(fqn, node, ranks):
     """What the middle rank holds: on meta, for no memory is needed to know where things go."""
-    layout = (ranks,), (ranks // 2,), (Shard(0),)
+    layout = (ranks,), (ranks // 2,), (Shard(1 if len(node.shape) == 3 else 0),)
     local = torch.empty(shard_shape(node.shape, *layout), dtype=node.dtype, device="meta")
     return Target((fqn,), local, node.shape, tuple(shard_boxes(node.shape, *layout)))
 
