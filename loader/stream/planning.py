@@ -17,7 +17,7 @@ from loader.stream.demand import Demand, check_unused, classes_of
 PORTIONS = 512
 """An op on several tensors holds at most budget / 512 elements of each at a time: 1 Mi of 512 MiB, 4 MiB in float32."""
 
-COMBINING = 6 << 20
+COMBINING = 5 << 20
 """What an op on several tensors takes beside what waits for it: 3 kB a portion, and torch's first use of the ops. Of 36
 MiB of float8 with a budget of 16 MiB, 5 MiB were measured."""
 

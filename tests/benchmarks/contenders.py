@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import s3fs
@@ -42,7 +41,7 @@ class Job(NamedTuple):
     storage_options: Mapping[str, Any]
     budget: int
     scratch: Path
-    read: Mapping[str, Any] = MappingProxyType({})
+    read: Mapping[str, Any]
 
 
 def shared(job: Job, state: Mapping[str, DTensor]) -> Report:

@@ -151,7 +151,7 @@ class Benchmark:
         """Every rank's measures; with `compare_with`, through the proxy, and compared with that directory."""
         server = self.server if compare_with is None else self.server.at(self.proxy.url)
         with tempfile.TemporaryDirectory(prefix="peers-") as scratch, contextlib.redirect_stdout(io.StringIO()):
-            job = Job(self.uri, server.storage_options, self.budget, Path(scratch))
+            job = Job(self.uri, server.storage_options, self.budget, Path(scratch), {})
             return run_ranks(self.ranks, measure, contender, mesh, self.shapes, job, compare_with, timeout=600)
 
     def count(self, contender: str, mesh: str, directory: Path) -> tuple[float, int]:

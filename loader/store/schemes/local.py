@@ -10,7 +10,7 @@ from fsspec.core import url_to_fs
 from loader.store.base import Access, Filler, Scheme, Stat, Transient, changed, told
 
 SCHEMES = ("file", "local")
-CLIENT_BYTES = 4 << 20  # the threads that read
+CLIENT_BYTES = 6 << 20  # the threads that read, and what a rank does the first time
 
 
 class LocalScheme:
