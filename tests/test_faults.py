@@ -154,6 +154,7 @@ def test_each_cell_of_the_table(suffered, backend, name):
         assert max(seconds for *_, seconds in told) < 10
         return
     report = told[0][0]
+    assert isinstance(report, loader.Report), told
     assert all(each[0] == report for each in told)
     differing = [fqn for _, differences in told for fqn in differences]
     assert bool(differing) == (name == "flipped")

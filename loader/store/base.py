@@ -46,8 +46,8 @@ class Scheme(Listed, Protocol):
     def read(self, name: str, pin: str, start: int, buffer: memoryview) -> None:
         """Fill `buffer` with the bytes from `start` on, of the version that `pin` names.
 
-        Raises PinError when the object is another now, PermissionError, `Unusable`, and `Transient` for whatever
-        another try may mend.
+        Raises PinError when the reply is of another, FileNotFoundError when the store says that there is no such
+        range of that version, PermissionError, `Unusable`, and `Transient` for whatever another try may mend.
         """
 
 
@@ -71,11 +71,11 @@ class Addressed(Listed, Protocol):
         """The pin of the version that a reply with these headers is of; `pin` where they do not tell."""
 
     def refusal(self, status: int, reason: str, body: bytes) -> Exception | None:
-        """What an unsuccessful reply means, as one of the errors of `read`; FileNotFoundError for another version."""
+        """What an unsuccessful reply means, as one of the errors of `read`."""
 
 
 class Transient(Exception):  # noqa: N818 - it is a verdict on an error, told apart from errors that end the load
-    """Another try may mend it. `filled` bytes at the front of the buffer are right already.
+    """Another try may mend it, unless nothing is left: `filled` bytes at the front of the buffer are right already.
 
     `throttled` says that the server asked for fewer requests, `retry_after` in how many seconds it asked for the next.
     """
@@ -111,6 +111,11 @@ def refusal(status: int, what: str) -> Exception | None:
     if status in (408, 425, 429) or status >= 500:
         return Transient(what, throttled=status in (429, 503))
     return Unusable(what) if status >= 300 else None
+
+
+def by_status(status: int, reason: str, _: bytes = b"") -> Exception | None:
+    """`refusal` of a reply that says no more than its status line."""
+    return refusal(status, f"status {status} {reason}".rstrip())
 
 
 def asked_wait(retry_after: str | None) -> float | None:
@@ -165,6 +170,7 @@ class Filler:
     def add(self, chunk: bytes) -> None:
         stop = self.filled + len(chunk)
         if stop > len(self.buffer):
+            self.filled = 0  # it was no reply to this request: nothing of it counts
             raise Transient(f"the body is longer than the {len(self.buffer)} bytes asked for")
         self.buffer[self.filled : stop] = chunk
         self.filled = stop
@@ -180,14 +186,6 @@ def changed(name: str, pin: str, found: str) -> PinError:
         f"{name}: changed while it was read: pinned {pin}, found {found}. "
         "Nothing was mixed: start again, and keep a checkpoint's files unchanged under one URI"
     )
-
-
-def pin_now(scheme: Listed, name: str) -> str:
-    """The pin of the object that took the place of the one catalogued, as far as the store tells."""
-    try:
-        return scheme.stat(name).pin
-    except (OSError, Transient, Unusable):
-        return "no such object"
 
 
 def run_on_loop(loop: Any, call: Callable[[], Awaitable[T]], until: float = math.inf) -> T:

@@ -29,7 +29,6 @@ from loader.store.base import (
     asked_wait,
     changed,
     check_reply,
-    pin_now,
     told,
 )
 
@@ -79,14 +78,8 @@ class Direct:
 
     def read(self, name: str, pin: str, start: int, buffer: memoryview) -> None:
         address = self._addresses.get((name, pin))
-        try:
-            if address is None:
-                address = self._addresses[name, pin] = self._scheme.address(name, pin)
-            self._fetch(address, name, pin, start, buffer)
-        except FileNotFoundError as error:
-            raise changed(name, pin, pin_now(self._scheme, name)) from error
-
-    def _fetch(self, address: Address, name: str, pin: str, start: int, buffer: memoryview) -> None:
+        if address is None:
+            address = self._addresses[name, pin] = self._scheme.address(name, pin)
         wanted = {"Range": f"bytes={start}-{start + len(buffer) - 1}", "Accept-Encoding": "identity"}
         reply = self._get(address, wanted)
         try:

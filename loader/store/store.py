@@ -10,8 +10,8 @@ from typing import TypeVar
 
 import tenacity
 
-from loader.errors import CatalogError, LoaderError, StoreError
-from loader.store.base import Access, Scheme, Stat, Transient, Unusable, told
+from loader.errors import CatalogError, LoaderError, PinError, StoreError
+from loader.store.base import Access, Scheme, Stat, Transient, Unusable, changed, told
 from loader.store.schemes import open_scheme
 from loader.store.secrets import Secrets
 from loader.uri import public_uri
@@ -142,7 +142,10 @@ class Store:
                 got = len(buffer) - filled
             except Transient as error:
                 got = error.filled
-                raise
+                if filled + got < len(buffer):  # else it all came before: there is no rest to ask for
+                    raise
+            except FileNotFoundError as error:
+                raise _gone(scheme, name, pin, error) from error
             except PermissionError as error:
                 if renewed or not self._retries:
                     raise
@@ -189,6 +192,15 @@ class Store:
     def _told(self, kind: type[LoaderError], before: str, error: object, after: str = "") -> LoaderError:
         """The error of our own that tells another, without its secrets."""
         return kind(f"{self._directory}: {before}{self._secrets.hide(str(error))}{after}")
+
+
+def _gone(scheme: Scheme, name: str, pin: str, error: FileNotFoundError) -> PinError | Transient:
+    """What it means that the store has no such range any more: another object is there now, as far as it tells."""
+    try:
+        found = scheme.stat(name).pin
+    except (OSError, Transient, Unusable):
+        found = "no such object"
+    return changed(name, pin, found) if found != pin else Transient(f"{error}, of a file that has not changed")
 
 
 _jittered = tenacity.wait_random_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT)

@@ -173,6 +173,27 @@ def _cut(request, number, forward):
     return Reply(reply.status, _headers(reply, Connection="close"), [body[: len(body) // 2]])
 
 
+def _more(then: Callable[[], bytes]) -> Callable[[Request, int, Forward], Reply | None]:
+    """The range, and when that has arrived, what `then` makes of the rest that was announced."""
+
+    def chunks(body):
+        yield body
+        time.sleep(0.05)
+        yield then()
+
+    def trouble(request, number, forward):
+        if number:
+            return None
+        reply = forward(request)
+        return Reply(206, _headers(reply, Content_Length=str(SIZE + 4)), chunks(_whole(reply)))
+
+    return trouble
+
+
+def _reset_at_the_end():
+    raise ConnectionResetError
+
+
 TROUBLES = {
     "503": (_status(503), 2),
     "500": (_status(500), 2),
@@ -182,6 +203,8 @@ TROUBLES = {
     "short 206": (_short_206, 1),
     "short body": (_short_body, 1),
     "cut": (_cut, 2),
+    "more than the range": (_more(lambda: b"more"), 1),
+    "a reset when all had come": (_more(_reset_at_the_end), 0),
 }
 
 
@@ -280,6 +303,14 @@ def test_an_object_that_is_gone_is_told(bucket):
     with pytest.raises(PinError, match=f"pinned {re.escape(pin)}, found no such object"):
         _read(store, pin)
     assert store.stat(NAME) is None
+
+
+def test_a_file_that_is_said_to_be_gone_and_is_not(reads):
+    store = reads.store()
+    pin = store.stat(NAME).pin
+    reads.proxy.on_request(_of_reads(_status(404)))
+    assert _read(store, pin) == DATA[START : START + SIZE]
+    assert store.tally.retries == 2
 
 
 def test_nobody_answers(bucket):
@@ -382,11 +413,12 @@ def test_a_reply_is_the_range_or_nothing():
             check_reply(status=status, content_range=told, start=5, size=5)
     filler = Filler(memoryview(bytearray(4)))
     filler.add(b"ab")
-    with pytest.raises(Transient, match="longer than the 4 bytes"):
-        filler.add(b"cde")
     with pytest.raises(Transient, match="ended 2 bytes early") as raised:
         filler.finish()
     assert raised.value.filled == 2
+    with pytest.raises(Transient, match="longer than the 4 bytes"):
+        filler.add(b"cde")
+    assert filler.filled == 0
 
 
 def test_a_status_means_one_thing_for_all_schemes():

@@ -1,13 +1,12 @@
-"""One module for each storage scheme; `SCHEMES` in it lists the URI schemes it serves.
+"""One module for each kind of storage, imported only where it is used.
 
-To add one, add a module here with `SCHEMES`, `CLIENT_BYTES` and `open_scheme(access: Access) -> Scheme`. What no module
-serves goes through `other`, by fsspec's generic interface.
+To add one, add a module with `CLIENT_BYTES` and `open_scheme(access: Access) -> Scheme`, and its URI schemes to
+`MODULES`. What no module serves goes through `other`, by fsspec's generic interface.
 """
 
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from contextlib import suppress
 from typing import Any
 
@@ -15,6 +14,12 @@ import fsspec
 
 from loader.store.base import Access, Scheme
 from loader.store.direct import Direct
+
+MODULES = {
+    "file": "local", "local": "local", "s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs",
+    "http": "web", "https": "web", "hf": "hf",
+}  # fmt: skip
+"""URI schemes, and the modules that serve them."""
 
 
 def open_scheme(access: Access) -> Scheme:
@@ -50,8 +55,4 @@ def _scheme(uri: str) -> str:
 
 
 def _module(uri: str) -> Any:
-    for found in pkgutil.iter_modules(__path__):
-        module = importlib.import_module(f"{__name__}.{found.name}")
-        if _scheme(uri) in module.SCHEMES:
-            return module
-    return importlib.import_module(f"{__name__}.other")
+    return importlib.import_module(f"{__name__}.{MODULES.get(_scheme(uri), 'other')}")

@@ -17,15 +17,13 @@ from loader.store.base import (
     Scheme,
     Stat,
     Transient,
+    by_status,
     changed,
-    pin_now,
-    refusal,
     run_on_loop,
     told,
 )
 from loader.store.schemes.web import call, check_status, fill, socket_timeout, without_retries
 
-SCHEMES = ("gs", "gcs")
 CLIENT_BYTES = 8 << 20  # measured: as for HTTP
 
 
@@ -70,10 +68,7 @@ class GsScheme:
                     raise changed(name, pin, found)
                 await fill(reply, start, filler)
 
-        try:
-            call(self.fs.loop, get, self.until, filler)
-        except FileNotFoundError as error:
-            raise changed(name, pin, pin_now(self, name)) from error
+        call(self.fs.loop, get, self.until, filler)
 
     def _json(self, url: str, params: dict[str, str]) -> dict[str, Any]:
         async def get() -> dict[str, Any]:
@@ -92,8 +87,7 @@ class GsScheme:
     def pin_of(self, headers: Mapping[str, str], pin: str) -> str:
         return headers.get("x-goog-generation", pin)
 
-    def refusal(self, status: int, reason: str, _: bytes) -> Exception | None:
-        return refusal(status, f"status {status} {reason}".rstrip())
+    refusal = staticmethod(by_status)
 
     def _allowed(self, headers: Mapping[str, str]) -> dict[str, str]:
         """`headers`, with gcsfs's credentials."""

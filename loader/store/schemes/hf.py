@@ -13,10 +13,21 @@ from huggingface_hub import get_session, hf_hub_url
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HfUriError, HFValidationError
 from huggingface_hub.utils import HfUri, parse_hf_uri
 
-from loader.store.base import Access, Address, Addressed, Scheme, Stat, Transient, Unusable, changed, refusal, told
+from loader.store.base import (
+    Access,
+    Address,
+    Addressed,
+    Scheme,
+    Stat,
+    Transient,
+    Unusable,
+    by_status,
+    changed,
+    refusal,
+    told,
+)
 from loader.store.schemes.other import OtherScheme
 
-SCHEMES = ("hf",)
 CLIENT_BYTES = 8 << 20  # measured: as for HTTP
 
 
@@ -80,7 +91,7 @@ class HfScheme:
             reply = get_session().head(url, headers=headers, timeout=self.timeout, follow_redirects=False)
         except httpx.TransportError as error:
             raise Transient(told(error)) from error
-        if not reply.is_redirect and (refused := self.refusal(reply.status_code, reply.reason_phrase, b"")):
+        if not reply.is_redirect and (refused := by_status(reply.status_code, reply.reason_phrase)):
             raise refused
         told_oid = (reply.headers.get("X-Linked-ETag") or reply.headers.get("ETag") or oid).strip('W/"')
         told_commit = reply.headers.get("X-Repo-Commit", commit)
@@ -91,8 +102,7 @@ class HfScheme:
     def pin_of(self, _: Mapping[str, str], pin: str) -> str:
         return pin  # the commit is in the URL that was asked for, and the store behind has names of its own
 
-    def refusal(self, status: int, reason: str, _: bytes) -> Exception | None:
-        return refusal(status, f"status {status} {reason}".rstrip())
+    refusal = staticmethod(by_status)
 
 
 def _oid(file: Any) -> str:

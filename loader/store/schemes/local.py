@@ -9,7 +9,6 @@ from fsspec.core import url_to_fs
 
 from loader.store.base import Access, Filler, Scheme, Stat, Transient, changed, told
 
-SCHEMES = ("file", "local")
 CLIENT_BYTES = 6 << 20  # the threads that read, and what a rank does the first time
 
 
@@ -28,23 +27,17 @@ class LocalScheme:
 
     def read(self, name: str, pin: str, start: int, buffer: memoryview) -> None:
         try:
-            descriptor = os.open(self.directory / name, os.O_RDONLY)
-        except FileNotFoundError as error:
-            raise changed(name, pin, "no such file") from error
-        try:
-            if (found := _pin(os.fstat(descriptor))) != pin:
-                raise changed(name, pin, found)
-            filler = Filler(buffer)
-            while filler.filled < len(buffer):
-                count = os.preadv(descriptor, [buffer[filler.filled :]], start + filler.filled)
-                if not count:
-                    break
-                filler.filled += count
-            filler.finish()
+            with (self.directory / name).open("rb", buffering=0) as file:
+                if (found := _pin(os.fstat(file.fileno()))) != pin:
+                    raise changed(name, pin, found)
+                filler = Filler(buffer)
+                while count := os.preadv(file.fileno(), [buffer[filler.filled :]], start + filler.filled):
+                    filler.filled += count
+                filler.finish()
+        except (FileNotFoundError, PermissionError):
+            raise
         except OSError as error:
             raise Transient(told(error)) from error
-        finally:
-            os.close(descriptor)
 
 
 def _pin(found: os.stat_result) -> str:

@@ -8,7 +8,6 @@ from fsspec.core import url_to_fs
 
 from loader.store.base import Access, Filler, Scheme, Stat, Transient, changed, told
 
-SCHEMES = ()
 CLIENT_BYTES = 8 << 20  # a guess: as for HTTP
 
 PIN_FIELDS = (
@@ -47,9 +46,7 @@ class OtherScheme:
             if (found := self.stat(name).pin) != pin:
                 raise changed(name, pin, found)
             filler.add(self.fs.cat_file(f"{self.path}/{name}", start=start, end=start + len(buffer)))
-        except FileNotFoundError as error:
-            raise changed(name, pin, "no such file") from error
-        except PermissionError:
+        except (FileNotFoundError, PermissionError):
             raise
         except OSError as error:
             raise Transient(told(error)) from error

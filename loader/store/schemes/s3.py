@@ -29,14 +29,11 @@ from loader.store.base import (
     asked_wait,
     changed,
     check_reply,
-    pin_now,
     refusal,
     run_on_loop,
     told,
 )
 from loader.store.schemes.web import without_retries
-
-SCHEMES = ("s3", "s3a")
 
 # Answers whose status says less than their code.
 THROTTLED = {"SlowDown", "RequestLimitExceeded", "Throttling", "ThrottlingException"}
@@ -105,8 +102,6 @@ class S3Scheme:
 
         try:
             self._call(fill)
-        except FileNotFoundError as error:
-            raise changed(name, pin, pin_now(self, name)) from error
         except Transient as error:
             error.filled = filler.filled
             raise

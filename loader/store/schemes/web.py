@@ -18,22 +18,20 @@ from loader.store.base import (
     Transient,
     Unusable,
     asked_wait,
+    by_status,
     changed,
     check_reply,
-    pin_now,
-    refusal,
     run_on_loop,
     told,
 )
 
-SCHEMES = ("http", "https")
 CLIENT_BYTES = 8 << 20
 """Measured: 0.5 MiB as it is open, 3 to 6 with 16 connections at work."""
 
 
 def check_status(reply: aiohttp.ClientResponse) -> None:
     """Raise what an unsuccessful status means for a read."""
-    if (error := refusal(reply.status, f"status {reply.status} {reply.reason or ''}".rstrip())) is not None:
+    if (error := by_status(reply.status, reply.reason or "")) is not None:
         if isinstance(error, Transient):
             error.retry_after = asked_wait(reply.headers.get("Retry-After"))
         raise error
@@ -112,10 +110,7 @@ class WebScheme:
                     raise changed(name, pin, found)
                 await fill(reply, start, filler)
 
-        try:
-            call(self.fs.loop, get, self.until, filler)
-        except FileNotFoundError as error:
-            raise changed(name, pin, pin_now(self, name)) from error
+        call(self.fs.loop, get, self.until, filler)
 
     def address(self, name: str, _: str) -> Address:
         return Address(self._url(name), self.fs.kwargs.get("headers", {}))
@@ -123,8 +118,7 @@ class WebScheme:
     def pin_of(self, headers: Mapping[str, str], _: str) -> str:
         return _pin(headers)
 
-    def refusal(self, status: int, reason: str, _: bytes) -> Exception | None:
-        return refusal(status, f"status {status} {reason}".rstrip())
+    refusal = staticmethod(by_status)
 
     async def _request(self, method: str, name: str, headers: dict[str, str]) -> Any:
         session = without_retries(await self.fs.set_session())
