@@ -96,22 +96,22 @@ def iter_convert(
 
     Tensors are whole, on the CPU, in the conversion's dtypes; what was quantised is dequantised, to the config's dtype
     (bfloat16 where that names none). Sources are read as they are needed and freed before the
-    next are: beyond what was yielded and kept, memory is `memory_budget`, half of it for small tensors that are read
-    together, or one larger tensor. Arguments and errors are those of `load`. `dict(loader.iter_convert(...))` is the
+    next are: beyond what was yielded and kept, memory is `memory_budget`, about half of it for small tensors that are
+    read together, or one larger tensor. Arguments and errors are those of `load`. `dict(loader.iter_convert(...))` is the
     whole conversion.
     """
     with Control(None, 0, 1) as control:
         with control.phase("arguments"):
             conversion = conversion_of(convert)
             reading = Read(**read)
-            budget = reading.memory_budget // 2
-            reading = reading.model_copy(update={"memory_budget": reading.memory_budget - budget})
         job = Job(uri, dict(storage_options or {}), reading, control)
         job.trace(conversion, ignore, strip_prefix)
         with control.phase("coverage"):
             unused = frozenset(seen_in(*job.keys.values()) - seen_in(*job.outputs.values()))
             check_unused([unused], job.source.catalog.keys)
-    for batch in _batches(job, budget):
+    waiting = max(0, reading.memory_budget - job.reserved_bytes) // 2
+    job.read = reading.model_copy(update={"memory_budget": reading.memory_budget - waiting})
+    for batch in _batches(job, waiting):
         tensors = {fqn: _empty(node, job.dtype_of(node)) for fqn, node in batch.items()}
         with Control(None, 0, 1) as control:
             job.fill(targets_of(tensors), (), control, show=False)

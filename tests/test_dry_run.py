@@ -107,7 +107,7 @@ LAYERED: dict[str, Mapping[str, Any]] = {
     "stages, experts, small ranges": {
         "model": {"builder": "tests.dry_run_models:stages_with_experts"},
         "mesh": {"pp": 2, "dp_shard": -1},
-        "read": {"range_size": "64KiB", "memory_budget": "16MiB"},
+        "read": {"range_size": "64KiB", "memory_budget": "8MiB"},
     },
     "stages innermost": {
         "model": {"builder": "tests.dry_run_models:stages_with_experts", "dtype": "float32"},

@@ -135,4 +135,4 @@ def _refused(uri: str, options: Mapping) -> str:
 def test_a_budget_that_the_client_alone_takes_is_refused(s3, uri):
     (message,) = set(run_ranks(4, _refused, uri, s3.storage_options))
     assert message.startswith("read.memory_budget: 16777216 bytes, of which the storage client")
-    assert message.endswith("set it to at least 27MiB")
+    assert message.endswith("set it to at least 26MiB")

@@ -31,8 +31,8 @@ FINEST = 64
 """A read that costs more than a round holds is cut finer, down to 1/64 of the range size."""
 
 
-LEAST_USABLE = 2 << 20
-"""Bytes for rounds without which a load would be all latency: two rounds of a read of 200 KiB each."""
+LEAST_USABLE = 1 << 20
+"""Bytes for rounds without which a load would be all latency: two rounds of a read of 100 KiB each."""
 
 
 class Limits(NamedTuple):

@@ -235,9 +235,9 @@ def test_iter_convert_is_the_whole_conversion_in_its_order(bucket) -> None:
 
 
 def iterate(directory: str) -> int | None:
-    next(loader.iter_convert(directory, memory_budget="20MiB"))  # what is imported on the way counts for nothing
+    next(loader.iter_convert(directory, memory_budget="16MiB"))  # what is imported on the way counts for nothing
     with PeakMemory() as memory:
-        for i, (fqn, tensor) in enumerate(loader.iter_convert(directory, memory_budget="20MiB")):
+        for i, (fqn, tensor) in enumerate(loader.iter_convert(directory, memory_budget="16MiB")):
             assert fqn == f"layer.{i}"
             assert int(tensor[-1, -1]) == i
     assert i == 31
@@ -248,4 +248,4 @@ def test_iter_convert_holds_a_few_tensors_however_many_there_are(tmp_path: Path)
     write_file(tmp_path / FILE, {f"layer.{i}": torch.full((4, MIB), i, dtype=torch.int8) for i in range(32)})
     (peak,) = run_ranks(1, iterate, str(tmp_path))
     assert peak is not None
-    assert peak <= 24 * MIB  # the budget, and the tensor in hand
+    assert peak <= 20 * MIB  # the budget, and the tensor in hand
