@@ -97,8 +97,8 @@ def iter_convert(
     Tensors are whole, on the CPU, in the conversion's dtypes; what was quantised is dequantised, to the config's dtype
     (bfloat16 where that names none). Sources are read as they are needed and freed before the
     next are: beyond what was yielded and kept, memory is `memory_budget`, about half of it for small tensors that are
-    read together, or one larger tensor. Arguments and errors are those of `load`. `dict(loader.iter_convert(...))` is the
-    whole conversion.
+    read together, or one larger tensor. Arguments and errors are those of `load`.
+    `dict(loader.iter_convert(...))` is the whole conversion.
     """
     with Control(None, 0, 1) as control:
         with control.phase("arguments"):
