@@ -6,6 +6,8 @@ Ranks with equal needs are one *class*: they are planned once, whatever their me
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -99,21 +101,29 @@ def needed_once(boxes: Sequence[Box]) -> tuple[Box, ...]:
 class Classes:
     """The distinct needs of the ranks that share reads, and which rank has which.
 
-    `ranks` are the global ranks of the sharing domain; `class_of[i]` is the class of `ranks[i]`.
+    `ranks` are the global ranks of the sharing domain; `class_of[i]` is the class of `ranks[i]`, `place[i]` its number
+    among the ranks of its node: 0 for the first of each.
     """
 
     needs: tuple[Needs, ...]
     ranks: Ints
     class_of: Ints
+    place: Ints
 
     @classmethod
-    def of(cls, digests: Mapping[int, D], needs: Mapping[D, Needs]) -> Classes:
-        """From each rank's digest, or what else is equal for equal needs, and the needs behind each digest."""
+    def of(cls, digests: Mapping[int, D], needs: Mapping[D, Needs], nodes: Sequence[object] = ()) -> Classes:
+        """From each rank's digest, or what else is equal for equal needs, and the needs behind each digest.
+
+        `nodes` are equal for ranks of one node, by rank; without them all are on one.
+        """
         numbers = {digest: number for number, digest in enumerate(dict.fromkeys(digests.values()))}
+        before: dict[object, Iterator[int]] = defaultdict(itertools.count)
+        place = {rank: next(before[nodes[rank] if nodes else None]) for rank in sorted(digests)}
         return cls(
             tuple(needs[digest] for digest in numbers),
             np.array(list(digests), np.int64),
             np.array([numbers[digest] for digest in digests.values()], np.int64),
+            np.array([place[rank] for rank in digests], np.int64),
         )
 
     def members(self, number: int) -> Ints:

@@ -16,7 +16,7 @@ PASSES = 20
 
 
 class _Pool(NamedTuple):
-    """The ranks that may read any of `extents`; the extents from the largest to the smallest."""
+    """The ranks that may read any of `extents`, nodes in turn; the extents from the largest to the smallest."""
 
     ranks: list[int]
     extents: Ints
@@ -26,7 +26,8 @@ def assign_readers(cuts: Cuts, classes: Classes) -> Ints:
     """The rank that reads each extent.
 
     Extents with the fewest possible readers are placed first, then those with more fill the valleys they left; within
-    one pool of readers the largest go first, each to the rank with the least so far. For nested pools (a shard's owners
+    one pool of readers the largest go first, each to the rank with the least so far; of those with as little, to the
+    first of each node before the second of any: 4 extents leave by 4 nodes' links. For nested pools (a shard's owners
     within a replica group within the world) no rank is then more than one extent over the best balance. Pools that
     cross (TP's columns, FSDP's rows) are placed anew on top of all others, pass by pass, while the fullest rank gains.
     """
@@ -51,10 +52,11 @@ def _find_pools(cuts: Cuts, classes: Classes) -> list[_Pool]:
     pool_of_kind = np.array([numbers.setdefault(kind.classes.tobytes(), len(numbers)) for kind in cuts.kinds], np.int64)
     pool_of = pool_of_kind[cuts.kind]
     by_size = np.argsort(-cuts.size, kind="stable")
+    turns = np.lexsort((classes.ranks, classes.place))
     pools = []
     for consumers, number in numbers.items():
-        ranks = classes.ranks[np.isin(classes.class_of, np.frombuffer(consumers, np.int64))]
-        pools.append(_Pool(np.sort(ranks).tolist(), by_size[pool_of[by_size] == number]))
+        ranks = turns[np.isin(classes.class_of[turns], np.frombuffer(consumers, np.int64))]
+        pools.append(_Pool(classes.ranks[ranks].tolist(), by_size[pool_of[by_size] == number]))
     return sorted(pools, key=lambda pool: (len(pool.ranks), pool.ranks))
 
 
@@ -64,12 +66,12 @@ def _place(pool: _Pool, size: Ints, readers: Ints, load: dict[int, int]) -> None
     for reader, bytes_ in zip(readers[pool.extents].tolist(), sizes, strict=True):
         if reader >= 0:
             load[reader] -= bytes_
-    heap = [(load[rank], rank) for rank in pool.ranks]
+    heap = [(load[rank], turn, rank) for turn, rank in enumerate(pool.ranks)]
     heapq.heapify(heap)
     placed = []
     for bytes_ in sizes:
-        least, rank = heap[0]
+        least, turn, rank = heap[0]
         placed.append(rank)
-        heapq.heapreplace(heap, (least + bytes_, rank))
+        heapq.heapreplace(heap, (least + bytes_, turn, rank))
     readers[pool.extents] = placed
-    load.update((rank, least) for least, rank in heap)
+    load.update((rank, least) for least, _, rank in heap)

@@ -87,9 +87,11 @@ def sources_of(names: Sequence[str], shape: tuple[int, ...], outputs: Outputs, k
     return [outputs[fqn] for fqn in known]
 
 
-def classes_of(ranks: Iterable[int], digests: Sequence[D], demands: Mapping[D, Demand]) -> Classes:
-    """The classes of `ranks`, by their digests (of all ranks of the world)."""
-    return Classes.of({rank: digests[rank] for rank in ranks}, {each: demands[each].needs for each in demands})
+def classes_of(
+    ranks: Iterable[int], digests: Sequence[D], demands: Mapping[D, Demand], nodes: Sequence[object]
+) -> Classes:
+    """The classes of `ranks`, by the digests and nodes of all ranks of the world."""
+    return Classes.of({rank: digests[rank] for rank in ranks}, {each: demands[each].needs for each in demands}, nodes)
 
 
 def check_unused(unused: Iterable[frozenset[int]], keys: Keys) -> None:

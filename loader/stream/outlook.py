@@ -43,14 +43,14 @@ def look_ahead(foresight: Foresight, catalog: Catalog, terms: Terms, host: Ints,
         same = tuple(demands[rank] for rank in domain)
         first, last = int(host[domain[0]]), int(host[domain[-1]])
         if same not in known:
-            classes = classes_of(domain, demands, foresight.demands)
+            classes = classes_of(domain, demands, foresight.demands, nodes)
             plan, cuts = plan_with_cuts(entries, classes, terms.limits, terms.partners)
             known[same] = forecast(plan, cuts, terms.limits), exchange(plan, cuts, host[domain] - first)
         own, between = known[same]
         for column, values in zip(columns, own, strict=True):
             column[domain] = values
         between_hosts[:, first : last + 1] += between
-    everyone = classes_of(range(len(host)), demands, foresight.demands)
+    everyone = classes_of(range(len(host)), demands, foresight.demands, nodes)
     others = {each: sharing_domains(nodes, each) for each in get_args(Share) if each != share}
     egress = egress_bytes(entries, everyone, others, terms.limits)
     item = np.array([entry.dtype.itemsize for entry in entries], np.int64)

@@ -90,9 +90,9 @@ def agree_on_plan(
         if control.rank == 0:
             told = pack([unpack(data) for data in control.take("digest", range(control.world_size))])
         ranks: list[tuple[bytes, str]] = unpack(control.broadcast("digests", told))
-    digests = [digest for digest, _ in ranks]
+    digests, nodes = [digest for digest, _ in ranks], [node for _, node in ranks]
     spokesman = {digest: digests.index(digest) for digest in dict.fromkeys(digests)}
-    domains = sharing_domains([node for _, node in ranks], share)
+    domains = sharing_domains(nodes, share)
     domain = next(each for each in domains if control.rank in each)
     control.peers = domain
     with control.phase("plan"):
@@ -104,14 +104,15 @@ def agree_on_plan(
             demands = _distinct(control, domain, digests, spokesman)
             if control.rank == 0 and share == "world":
                 check_unused((each.unused for each in demands.values()), catalog.keys)
-            made = make_plan(entries, classes_of(domain, digests, demands), terms.limits, terms.partners)
+            made = make_plan(entries, classes_of(domain, digests, demands, nodes), terms.limits, terms.partners)
             plan, needed = pack(made), made.needed_bytes
             control.put("reads", pack(made.read_bytes))
         if control.rank == 0 and share != "world":
             everyone = range(control.world_size)
             demands = _distinct(control, everyone, digests, spokesman)
             check_unused((each.unused for each in demands.values()), catalog.keys)
-            needed = cut_extents(entries, classes_of(everyone, digests, demands), terms.limits.range_bytes).needed_bytes
+            classes = classes_of(everyone, digests, demands, nodes)
+            needed = cut_extents(entries, classes, terms.limits.range_bytes).needed_bytes
         if control.rank == 0:
             totals = pack((needed, sum(map(unpack, control.take("reads", [each[0] for each in domains])))))
         mine = control.broadcast(f"plan/{domain[0]}", plan, domain[0])

@@ -114,6 +114,22 @@ def test_every_rank_reads_its_fair_part(mesh, shape):
     assert abs(read - read.mean()).max() <= size.max()
 
 
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("keys", [1, 2, 3, 7, 40])
+@pytest.mark.parametrize(
+    "nodes", [["a", "a", "b", "b", "c", "c", "d", "d"], list("aaaabbbb"), list("abababab")], ids="".join
+)
+def test_every_node_reads_its_fair_part(mesh, keys, nodes):
+    """Extents of different sizes, fewer than ranks or many: no node's link is to have more than one over its part."""
+    job = mesh_job(lay_out([(8 * (key + 1), 512) for key in range(keys)]), *mesh)
+    classes = Classes.of(dict(enumerate(n.digest for n in job.needs)), {n.digest: n for n in job.needs}, nodes)
+    plan = make_plan(job.entries, classes, Limits(64 * KiB, MiB, 4))
+    size = plan.stop - plan.start
+    node = np.unique(nodes, return_inverse=True)[1]
+    read = np.bincount(node[plan.reader], size, minlength=len(set(nodes)))
+    assert abs(read - read.mean()).max() <= max(size.max(), 0.05 * read.mean())
+
+
 def test_readers_are_level_where_rows_and_columns_cross():
     """FSDP 32 x TP 4 as FSDP2 has it: half of the TP ranks hold the first half of an up projection's rows, half of the
     FSDP ranks that of a down projection's. One pass leaves a rank 5 extents from the mean."""
