@@ -72,6 +72,7 @@ class Pipeline:
         self.seconds = Seconds()
         self.exchanged_bytes = 0
         self._schedule = schedule
+        self._rounds = schedule.rounds
         self._catalog = catalog
         self._entries = list(catalog.entries.values())
         self._read_range = read_range
@@ -87,7 +88,7 @@ class Pipeline:
     def run(self) -> None:
         """Run every round. After an error anywhere, end with the round that all peers end with, and return."""
         try:
-            for number in range(self._schedule.rounds):
+            for number in range(self._rounds):
                 while self._opened <= number and self._control.may_start(self._opened):
                     self._wait_for(self._in_the_way())
                     self._open_next()
@@ -102,15 +103,15 @@ class Pipeline:
 
     def _open_ahead(self) -> None:
         """Open rounds while there are slots that nothing uses any more."""
-        while self._opened < self._schedule.rounds and all(flight.done.done() for flight in self._in_the_way()):
+        while self._opened < self._rounds and all(flight.done.done() for flight in self._in_the_way()):
             if not self._control.may_start(self._opened):
                 return
             self._open_next()
 
     def _in_the_way(self) -> list[_Open]:
-        """The round that has the slot of the next to be opened, if there is one."""
+        """The round that has the slot of the next to be opened, if there are both."""
         place = self._opened % len(self._slots)
-        return self._flights[place : place + 1]
+        return self._flights[place : place + 1] if self._opened < self._rounds else []
 
     def _wait_for(self, flights: Sequence[_Open]) -> None:
         begun = time.monotonic()
