@@ -20,6 +20,7 @@ from loader.job import Job
 from loader.place.everywhere import Everywhere
 from loader.place.mesh import make_mesh
 from loader.place.user_code import resolve
+from loader.plan.claims import checkable
 from loader.plan.forecast import CONNECTION, Links, Times, times
 from loader.plan.needs import Ints
 from loader.predicted import Predicted, Spread
@@ -52,9 +53,10 @@ def dry_run(config: Config, control: Control, world: World) -> None:
         dims = resolve_mesh(config.mesh, world.size)
         if config.output.entrypoint:
             resolve(config.output.entrypoint)
-    job = Job(config.source.pinned_uri, config.source.storage_options, config.read, control)
+    source, checksums = config.source, config.verify == "checksum"
+    job = Job(source.pinned_uri, source.storage_options, config.read, control, checksums=checksums)
     job.store.close()
-    job.trace(convert, config.source.ignore, config.source.strip_prefix, dequantize=config.model.dequantize)
+    job.trace(convert, source.ignore, source.strip_prefix, dequantize=config.model.dequantize)
     with control.phase("build"):
         builds = list(_builds(config, job, dims, world.size))
     with control.phase("budget"):
@@ -66,6 +68,8 @@ def dry_run(config: Config, control: Control, world: World) -> None:
         for ranks, built in builds:
             foresight.add(built.everywhere, built.outputs, ranks, seen_in(*built.wanted))
         outlook = look_ahead(foresight, job.source.catalog, terms, world.host, config.read.share)
+        if job.source.claims is not None:
+            checkable(job.source.claims, outlook.reads, job.source.catalog)
     with control.phase("report"):
         report = _report(job, dims, world, foresight, outlook, tensors=len(builds[0][1].wanted))
         print(report.table(), flush=True)  # noqa: T201 - what the command is asked for

@@ -11,7 +11,7 @@
     ├── StoreError               a range that could not be read, after all retries
     │   └── PinError             an object changed while it was read
     ├── MemoryBudgetError        the plan does not fit `read.memory_budget`, or the machine had less memory than that
-    ├── CorruptionError          a bit flipped on the way or in a rank's memory
+    ├── CorruptionError          a bit flipped in the bucket, on the way or in a rank's memory
     ├── SinkError                the result could not be written
     ├── LostRankError            a rank, or the store that ranks talk through, is gone
     ├── TerminatedError          the job was told to end
@@ -83,7 +83,8 @@ class MemoryBudgetError(LoaderError):
 
 
 class CorruptionError(LoaderError):
-    """What two ranks should have alike differs: a bit flipped on the way, or in the memory of one."""
+    """What two ranks should have alike, or a file and its checksum, differ: a bit flipped in the bucket, on the way, or
+    in a rank's memory."""
 
 
 class SinkError(LoaderError):

@@ -43,7 +43,16 @@ KEY_BYTES = 1600
 class Job:
     """The steps that the command and the library share. Every rank takes them together."""
 
-    def __init__(self, uri: str, storage_options: Mapping[str, Any], read: Read, control: Control) -> None:
+    def __init__(
+        self,
+        uri: str,
+        storage_options: Mapping[str, Any],
+        read: Read,
+        control: Control,
+        *,
+        checksums: bool = False,
+    ) -> None:
+        """With `checksums`, what is loaded is held against those that the source has."""
         self.begun = time.monotonic()
         self.read = read
         self.control = control
@@ -54,7 +63,9 @@ class Job:
             before = anonymous_bytes()
             self.store = Store(access, retries=read.retries, deadline=read.deadline)
         with control.phase("catalog"):
-            found = pack(read_source(self.store, read.concurrency)) if control.rank == 0 else b""
+            found = b""
+            if control.rank == 0:
+                found = pack(read_source(self.store, read.concurrency, checksums=checksums))
             self.source: Source = unpack(control.broadcast("source", found))
         self.catalog_seconds = time.monotonic() - self.begun
         self._held_bytes = max(0, anonymous_bytes() - before)
@@ -165,7 +176,18 @@ class Job:
             deadline=self.read.deadline,
         )
         catalog = self.source.catalog
-        return fill(targets, self.outputs, catalog, wanted, self.store, control, manner, self.memory, show=show)
+        return fill(
+            targets,
+            self.outputs,
+            catalog,
+            wanted,
+            self.store,
+            control,
+            manner,
+            self.memory,
+            claims=self.source.claims,
+            show=show,
+        )
 
     def hf_config(self) -> PreTrainedConfig:
         """The checkpoint's config, as transformers reads it; without its quantisation, where that is undone.
@@ -242,10 +264,17 @@ class Job:
                         needed_bytes=loaded.needed_bytes,
                         budget_bytes=self.read.memory_budget,
                         fingerprint=fingerprint,
+                        checksums=_checksums(loaded),
                     )
                 )
             report: reports.Report = unpack(control.broadcast("merged", merged))
         return report
+
+
+def _checksums(loaded: Loaded) -> dict[str, reports.Checksum] | None:
+    if loaded.checksums is None:
+        return None
+    return {name: reports.Checksum(**checked._asdict()) for name, checked in loaded.checksums.items()}
 
 
 def conversion_of(convert: str | Convert | None) -> Convert | None:

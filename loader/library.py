@@ -32,7 +32,7 @@ def load(
     storage_options: Mapping[str, Any] | None = None,
     ignore: Sequence[str] = (),
     strip_prefix: str = "",
-    verify: Literal["fingerprint"] | None = None,
+    verify: Literal["fingerprint", "checksum"] | None = None,
     expect: str | None = None,
     **read: Any,
 ) -> Report:
@@ -50,7 +50,8 @@ def load(
     stored, scales too.
 
     `verify="fingerprint"` makes the fingerprint of what landed, for the report, and compares replicas; another one than
-    `expect` is a FingerprintError.
+    `expect` is a FingerprintError. `verify="checksum"` holds what was read against what the bucket, or a `.bin`'s own
+    directory, says of it: CorruptionError where it differs, ConfigError where nothing can be checked.
 
     Collective: every rank of the default process group calls it; without a group it is one process. Raises the same
     class from `loader.errors` on every rank, and leaves the group usable, unless a rank was lost.
@@ -60,7 +61,7 @@ def load(
             conversion = conversion_of(convert)
             reading = Read(**read)
             proof = Proof(verify=verify, expect=expect)
-        job = Job(uri, dict(storage_options or {}), reading, control)
+        job = Job(uri, dict(storage_options or {}), reading, control, checksums=proof.verify == "checksum")
         job.trace(conversion, ignore, strip_prefix, held=_dtypes(target))
         return job.load(target, mesh=_mesh_of(target), proof=proof)
 

@@ -21,6 +21,9 @@ from loader.errors import SinkError
 from loader.predicted import Predicted
 from loader.uri import public_uri
 
+LISTED = 5
+"""How many files the table tells of that were not checked whole."""
+
 Bound = Literal["bucket", "exchange", "convert", "write", "catalog", "plan", "start"]
 
 _PHASE_OF: Mapping[Bound, str] = {
@@ -66,6 +69,16 @@ class Source(_Part):
         return public_uri(uri)
 
 
+class Checksum(_Part):
+    """What was checked of a file. `algorithm` and `value` (hex) are the bucket's; the value is null where a `.bin`'s
+    records have one each. `checked_bytes` are what they should be; `unchecked` says why not all were checked."""
+
+    algorithm: str | None
+    value: str | None
+    checked_bytes: int
+    unchecked: str | None
+
+
 class Memory(_Part):
     """Host memory above the shards: what a rank was allowed, and the most that any rank held."""
 
@@ -108,11 +121,13 @@ class Report(_Part):
     seconds: Seconds
     bound_by: Bound
     fingerprint: str | None = None
+    checksums: dict[str, Checksum] | None = None
     predicted: Predicted | None = None
     ranks: tuple[RankReport, ...]
 
     def to_json(self) -> str:
-        return self.model_dump_json(indent=2, exclude={"predicted"} if self.predicted is None else None) + "\n"
+        absent = {name for name in ("checksums", "predicted") if getattr(self, name) is None}
+        return self.model_dump_json(indent=2, exclude=absent) + "\n"
 
     def write(self, path: str) -> None:
         """Write the JSON to a local path or any fsspec URL: whole or not at all. Raises SinkError."""
@@ -139,7 +154,18 @@ class Report(_Part):
             "memory": self._memory(),
             "seconds": ", ".join(f"{name} {value:.1f}" for name, value in self.seconds),
             "bound by": f"{self.bound_by}, {spent(self.seconds)[self.bound_by]:.1f} s of {self.seconds.total:.1f} s",
-        } | ({"verified": f"fingerprint {self.fingerprint}"} if self.fingerprint else {})
+        } | self._verified()
+
+    def _verified(self) -> dict[str, str]:
+        if self.fingerprint:
+            return {"verified": f"fingerprint {self.fingerprint}"}
+        if self.checksums is None:
+            return {}
+        rest = {name: each.unchecked for name, each in self.checksums.items() if each.unchecked}
+        sizes = [each.checked_bytes for each in self.checksums.values()]
+        text = f"checksums of {_size(sum(sizes))}, of all of {len(sizes) - len(rest)} of {len(sizes)} files"
+        lines = [f"not all of {name}: {why}" for name, why in list(rest.items())[:LISTED]]
+        return {"verified": "; ".join([text, *lines]) + (", …" if len(rest) > LISTED else "")}
 
     def _mesh(self) -> str:
         dims = " x ".join(f"{name} {size}" for name, size in self.mesh.items())
@@ -163,6 +189,7 @@ def merge(
     needed_bytes: int,
     budget_bytes: int,
     fingerprint: str | None = None,
+    checksums: Mapping[str, Checksum] | None = None,
     predicted: Predicted | None = None,
 ) -> Report:
     """The job's report of all its `ranks`: counts are summed; times and the memory peak are maxima."""
@@ -184,6 +211,7 @@ def merge(
         seconds=seconds,
         bound_by=bound_by(seconds),
         fingerprint=fingerprint,
+        checksums=None if checksums is None else dict(checksums),
         predicted=predicted,
         ranks=tuple(sorted(ranks, key=lambda each: each.rank)),
     )

@@ -37,8 +37,9 @@ def run(config: Config, control: Control, device: torch.device) -> Callable[[], 
     with _output(config, control) as wanted:
         if not wanted:
             return lambda: 0
-        job = Job(config.source.pinned_uri, config.source.storage_options, config.read, control)
-        job.trace(convert, config.source.ignore, config.source.strip_prefix, dequantize=config.model.dequantize)
+        source, checksums = config.source, config.verify == "checksum"
+        job = Job(source.pinned_uri, source.storage_options, config.read, control, checksums=checksums)
+        job.trace(convert, source.ignore, source.strip_prefix, dequantize=config.model.dequantize)
         with control.phase("assets"):
             if config.output.checkpoint is not None and control.rank == 0:
                 assets.copy(partial(read_whole, job.store), job.source.names, config.output.checkpoint)

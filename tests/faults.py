@@ -33,6 +33,7 @@ FILES = ["file", "other fsspec"]
 BACKENDS = [*OVER_HTTP, *FILES]
 
 MENDED, REST, UNSEEN, STORE, PIN = "mended", "rest", "unseen", "StoreError", "PinError"
+CORRUPT, REFUSED = "CorruptionError", "ConfigError"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,9 @@ EVERYWHERE = dict.fromkeys(BACKENDS, PIN)
 BY_CONTENT = EVERYWHERE | {"s3 direct": UNSEEN, "s3 fsspec": UNSEEN}
 """An ETag of S3 is the same for the same bytes."""
 
+BY_CHECKSUM = {backend: REFUSED if "https" in backend else CORRUPT for backend in OVER_HTTP}
+"""A web server has no checksums, which is told before a weight is read."""
+
 LATE = dict.fromkeys(OVER_HTTP, REST) | {backend: MENDED for backend in OVER_HTTP if "direct" in backend}
 """What `direct` had of the piece that it waited for is read again."""
 
@@ -76,6 +80,10 @@ ROWS = {
     "ignored-range": Row("200 with the whole object, which is not read", first(1, ignored_range), MENDED),
     "expired": Row("credentials that have expired, once", first(1, expired), MENDED),
     "flipped": Row("a flipped bit in a body", first(1, flipped), UNSEEN),
+    "flipped-checked": Row(
+        "a flipped bit in a body, with `verify: checksum`", first(1, flipped), BY_CHECKSUM, ["hecksum"],
+        {"verify": "checksum"},
+    ),
     "always-500": Row("500 from now on", from_then_on(1, 1, status(500)), STORE, ["status 500", *TRIES], ONE_TRY_MORE),
     "always-reset": Row("resets from now on", from_then_on(1, 1, reset), STORE, ["2 tries", "network"], ONE_TRY_MORE),
     "always-stall": Row("silence from now on", from_then_on(1, 1, stall), STORE, ["ime", *TRIES], ONE_TRY_MORE),

@@ -25,7 +25,7 @@ from loader.exchange import watch
 from loader.store.schemes.local import LocalScheme
 from loader.store.schemes.other import OtherScheme
 from tests.checkpoints import random_checkpoint
-from tests.faults import BACKENDS, FILES, MENDED, PIN, REST, ROWS, STORE, UNSEEN, table
+from tests.faults import BACKENDS, CORRUPT, FILES, MENDED, PIN, REFUSED, REST, ROWS, STORE, UNSEEN, table
 from tests.misbehaving import FILE
 from tests.places import change_file, misbehaving_place
 from tests.processes import ROOT
@@ -145,7 +145,7 @@ def test_each_cell_of_the_table(suffered, backend, name):
     ranks, misbehaving, requests = suffered(backend)
     row, told = ROWS[name], [rank[name] for rank in ranks]
     cell = row.cell(backend)
-    if cell in {STORE, PIN}:
+    if cell in {STORE, PIN, CORRUPT, REFUSED}:
         kind, message, _, _ = told[0]
         assert [each[:3] for each in told] == [told[0][:3]] * RANKS
         assert kind == cell
@@ -205,4 +205,6 @@ def test_there_are_enough_cells():
         UNSEEN,
         STORE,
         PIN,
+        CORRUPT,
+        REFUSED,
     }

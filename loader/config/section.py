@@ -31,8 +31,10 @@ class Section(BaseModel):
 class Proof(Section):
     """What is to be proved of what landed."""
 
-    verify: Literal["fingerprint"] | None = Field(
-        default=None, description="fingerprint: of what landed, the same for every mesh; and replicas are compared"
+    verify: Literal["fingerprint", "checksum"] | None = Field(
+        default=None,
+        description="fingerprint: of what landed, the same for every mesh; and replicas are compared; "
+        "checksum: of what was read, held against the bucket's",
     )
     expect: Annotated[str, AfterValidator(parse_fingerprint)] | None = Field(
         default=None, description="the fingerprint that the load must have, as an earlier report tells it"

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
+from loader.crc import Algorithm
 from loader.errors import PinError
 
 T = TypeVar("T")
@@ -30,6 +31,13 @@ class Stat(NamedTuple):
     pin: str
 
 
+class Checksum(NamedTuple):
+    """What a store says of all of an object's bytes."""
+
+    algorithm: Algorithm
+    value: int
+
+
 class Listed(Protocol):
     """One place that objects are read from. Every method blocks, and may be called from any thread."""
 
@@ -38,6 +46,10 @@ class Listed(Protocol):
 
     def stat(self, name: str) -> Stat:
         """Size and pin of one file. Raises FileNotFoundError, PermissionError, `Unusable` or `Transient`."""
+
+    # A scheme may have besides
+    #     def checksum(self, name: str, pin: str) -> Checksum | str
+    # The whole object's of that version, or why there is none. Raises as `read` does.
 
 
 class Scheme(Listed, Protocol):
@@ -91,6 +103,12 @@ class Transient(Exception):  # noqa: N818 - it is a verdict on an error, told ap
 
 class Unusable(Exception):  # noqa: N818 - as above
     """No other try will mend it, and it is no question of credentials: a request that the server calls wrong."""
+
+
+def checksum_of(scheme: Listed, name: str, pin: str) -> Checksum | str:
+    """The scheme's `checksum`, where it has any."""
+    ask: Callable[[str, str], Checksum | str] | None = getattr(scheme, "checksum", None)
+    return ask(name, pin) if ask else "the store has no checksums that could be joined from those of ranges"
 
 
 def told(error: BaseException) -> str:

@@ -23,12 +23,14 @@ from urllib3.exceptions import HTTPError, LocationParseError, SSLError
 from loader.store.base import (
     Address,
     Addressed,
+    Checksum,
     Stat,
     Transient,
     Unusable,
     asked_wait,
     changed,
     check_reply,
+    checksum_of,
     told,
 )
 
@@ -75,6 +77,9 @@ class Direct:
 
     def stat(self, name: str) -> Stat:
         return self._scheme.stat(name)
+
+    def checksum(self, name: str, pin: str) -> Checksum | str:
+        return checksum_of(self._scheme, name, pin)
 
     def read(self, name: str, pin: str, start: int, buffer: memoryview) -> None:
         address = self._addresses.get((name, pin))

@@ -6,8 +6,9 @@ import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from loader.crc import crc
 from loader.errors import CatalogError
 from loader.formats.index import MAX_INDEX, parse_index
 from loader.formats.layout import FORMATS, Layout, assemble, choose, is_torch, weight_files
@@ -15,7 +16,9 @@ from loader.formats.safetensors import HEAD, header_length, parse_header
 from loader.formats.strict_json import parse_object
 from loader.formats.torch_file import read_torch_file
 from loader.formats.torch_file.ranges import Span
+from loader.formats.torch_file.zipped import Record
 from loader.plan.catalog import Catalog, Contents, File
+from loader.plan.claims import Claim, Claims
 from loader.store.base import Stat
 from loader.store.store import Store
 
@@ -27,15 +30,26 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """`hf_config` is the parsed `config.json`, None where there is none; `names` are the directory's files."""
+    """`hf_config` is the parsed `config.json`, None where there is none; `names` are the directory's files; `claims`
+    are what is to be checked of the catalog's, None where nothing is."""
 
     catalog: Catalog
     hf_config: dict[str, Any] | None
     names: tuple[str, ...]
+    claims: Claims | None
 
 
-def read_source(store: Store, concurrency: int) -> Source:
-    """Read config, index and all headers, `concurrency` files side by side, and pin every file.
+class _Catalogued(NamedTuple):
+    """A file, what is in it, and what it or the bucket claims of its bytes, or why that is nothing."""
+
+    file: File
+    contents: Contents
+    claims: list[Claim] | str
+
+
+def read_source(store: Store, concurrency: int, *, checksums: bool = False) -> Source:
+    """Read config, index and all headers, `concurrency` files side by side, and pin every file; with `checksums` find
+    what these are claimed to be.
 
     Raises CatalogError for whatever is missing or contradicts itself; StoreError.
     """
@@ -53,11 +67,16 @@ def read_source(store: Store, concurrency: int) -> Source:
         ThreadPoolExecutor(concurrency, thread_name_prefix="loader-catalog") as pool,
         ThreadPoolExecutor(concurrency, thread_name_prefix="loader-headers") as headers_pool,
     ):
-        reader = _Reader(store, headers_pool)
+        reader = _Reader(store, headers_pool, checksums=checksums)
         read = list(pool.map(lambda numbered: reader.read(*numbered), enumerate(layout.files)))
-    files, headers = [file for file, _ in read], [header for _, header in read]
+    files, headers = [each.file for each in read], [each.contents for each in read]
     catalog = assemble(files, headers, weight_map=weight_map, index=layout.index)
-    return Source(catalog, _read_config(store, listed), tuple(names))
+    return Source(catalog, _read_config(store, listed), tuple(names), _claims(read) if checksums else None)
+
+
+def _claims(read: Sequence[_Catalogued]) -> Claims:
+    claimed = [each for file in read if not isinstance(file.claims, str) for each in file.claims]
+    return Claims(tuple(claimed), {n: file.claims for n, file in enumerate(read) if isinstance(file.claims, str)})
 
 
 def read_whole(store: Store, name: str, limit: int) -> bytes:
@@ -71,36 +90,61 @@ def read_whole(store: Store, name: str, limit: int) -> bytes:
 class _Reader:
     """Reads what says where a file's tensors are. `pool` reads ranges of one file side by side."""
 
-    def __init__(self, store: Store, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, store: Store, pool: ThreadPoolExecutor, *, checksums: bool) -> None:
         self._store = store
         self._pool = pool
+        self._checksums = checksums
 
-    def read(self, number: int, name: str) -> tuple[File, Contents]:
+    def read(self, number: int, name: str) -> _Catalogued:
         stat = _stat(self._store, name)
-        read = self._torch_file if is_torch(name) else self._safetensors
-        contents, header_bytes = read(number, name, stat)
-        return File(name, stat.size, stat.pin, header_bytes), contents
+        return (self._torch_file if is_torch(name) else self._safetensors)(number, name, stat)
 
-    def _safetensors(self, number: int, name: str, stat: Stat) -> tuple[Contents, int]:
+    def _safetensors(self, number: int, name: str, stat: Stat) -> _Catalogued:
         head = self._range(name, stat, (0, min(HEAD, stat.size)))
         length = header_length(head, name, stat.size)
         if length > len(head):
             head += self._range(name, stat, (len(head), length))
-        return Contents(parse_header(head[:length], file=name, file_number=number, size=stat.size)), length
+        contents = Contents(parse_header(head[:length], file=name, file_number=number, size=stat.size))
+        claims: list[Claim] | str = []
+        if self._checksums:
+            told = self._store.checksum(name, stat.pin)
+            claims = (
+                told
+                if isinstance(told, str)
+                else [Claim(number, 0, stat.size, *told, known=length, crc=crc(told.algorithm, head[:length]))]
+            )
+        return _Catalogued(File(name, stat.size, stat.pin, length), contents, claims)
 
-    def _torch_file(self, number: int, name: str, stat: Stat) -> tuple[Contents, int]:
+    def _torch_file(self, number: int, name: str, stat: Stat) -> _Catalogued:
         def fetch(spans: Sequence[Span]) -> list[bytes]:
             return list(self._pool.map(lambda span: self._range(name, stat, span), spans))
 
         found = read_torch_file(fetch, file=name, file_number=number, size=stat.size)
         if found.left_out:
             _log.warning("%s: left out, for it is no tensor: %s", name, ", ".join(found.left_out[:10]))
-        return found.contents, found.header_bytes
+        file = File(name, stat.size, stat.pin, found.header_bytes)
+        return _Catalogued(file, found.contents, _records(number, found.records))
 
     def _range(self, name: str, stat: Stat, span: Span) -> bytes:
         buffer = bytearray(span[1] - span[0])
         self._store.read(name, stat.pin, span[0], memoryview(buffer))
         return bytes(buffer)
+
+
+def _records(number: int, records: Sequence[Record]) -> list[Claim] | str:
+    """What an archive's directory claims of the records, with those that were read as known."""
+    if not any(record.crc for record in records):
+        return (
+            "it was saved without CRCs (torch.serialization.set_crc32_options)"
+            if records
+            else ("torch's older format has no checksums of its tensors")
+        )
+    return sorted(
+        Claim(number, each.start, each.stop, "CRC32", each.crc, known, each.found or 0)
+        for each in records
+        for known in [each.start if each.found is None else each.stop]
+        if each.stop > each.start
+    )
 
 
 def _read_config(store: Store, listed: Sequence[str] | None) -> dict[str, Any] | None:

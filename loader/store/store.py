@@ -11,7 +11,7 @@ from typing import TypeVar
 import tenacity
 
 from loader.errors import CatalogError, LoaderError, PinError, StoreError
-from loader.store.base import Access, Scheme, Stat, Transient, Unusable, changed, told
+from loader.store.base import Access, Checksum, Scheme, Stat, Transient, Unusable, changed, checksum_of, told
 from loader.store.schemes import open_scheme
 from loader.store.secrets import Secrets
 from loader.uri import public_uri
@@ -102,6 +102,21 @@ class Store:
             return self._try(lambda: self._scheme.stat(name), name)
         except FileNotFoundError:
             return None
+        except (PermissionError, Unusable) as error:
+            raise self._told(CatalogError, "", error, REFUSED) from self._secrets.cause(error)
+
+    def checksum(self, name: str, pin: str) -> Checksum | str:
+        """What the store says of all bytes of the version `pin`, or why nothing. Raises as `stat`, and PinError."""
+
+        def ask() -> Checksum | str:
+            scheme = self._scheme
+            try:
+                return checksum_of(scheme, name, pin)
+            except FileNotFoundError as error:
+                raise _gone(scheme, name, pin, error) from error
+
+        try:
+            return self._try(ask, name)
         except (PermissionError, Unusable) as error:
             raise self._told(CatalogError, "", error, REFUSED) from self._secrets.cause(error)
 

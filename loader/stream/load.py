@@ -18,10 +18,12 @@ from loader.exchange.transport import Transport
 from loader.memory import PeakMemory, untouched_bytes
 from loader.place.targets import Target
 from loader.plan.catalog import Catalog
+from loader.plan.claims import Claims, Spans
 from loader.plan.plan import Share
 from loader.plan.schedule import Schedule
 from loader.progress import Progress
 from loader.store.store import Store
+from loader.stream.checksums import Checked, Checks
 from loader.stream.demand import make_demand
 from loader.stream.pipeline import Pipeline, Seconds
 from loader.stream.planning import Terms, agree_on_plan, on_any_rank
@@ -32,7 +34,8 @@ DRAIN = 8.0
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What this rank did. `needed_bytes` is the whole job's; times are in seconds."""
+    """What this rank did. `needed_bytes` is the whole job's; `checksums` are by file, None where none were asked for;
+    times are in seconds."""
 
     needed_bytes: int
     exchanged_bytes: int
@@ -40,6 +43,7 @@ class Loaded:
     peak_over_shards_bytes: int | None
     plan_seconds: float
     seconds: Seconds
+    checksums: dict[str, Checked] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,9 +70,11 @@ def fill(
     manner: Manner,
     memory: PeakMemory,
     *,
+    claims: Claims | None = None,
     show: bool,
 ) -> Loaded:
-    """Fill `targets` from the catalogued files. Collective; either every rank returns or every rank raises one error.
+    """Fill `targets` from the catalogued files, and check `claims` of these. Collective; either every rank returns or
+    every rank raises one error.
 
     `wanted` are the numbers of the catalog's keys that must be used (see `make_demand`). `memory` is started by the
     caller and stopped here. `show` is whether rank 0 shows the progress.
@@ -82,6 +88,11 @@ def fill(
         demand, landings = make_demand(targets, outputs, catalog, wanted, terms.portion)
     planned = agree_on_plan(control, demand, catalog, share=manner.share, node=manner.node, terms=terms)
     schedule = Schedule(planned.plan, list(catalog.entries.values()), control.rank)
+    checks = None
+    if claims is not None:
+        with control.phase("claims"):
+            plan = planned.plan
+            checks = Checks(control, claims, Spans(plan.file, plan.start, plan.stop), catalog)
     plan_seconds = time.monotonic() - begun
     fresh = untouched_bytes(target.tensor for target in targets) or 0
     memory.landed = lambda: min(fresh, landings.landed_bytes)
@@ -90,7 +101,7 @@ def fill(
         pipeline = Pipeline(
             schedule,
             catalog,
-            _reader(catalog, store),
+            _reader(catalog, store, checks),
             landings,
             control,
             transport,
@@ -98,6 +109,10 @@ def fill(
             concurrency=manner.concurrency,
         )
         _run(pipeline, control, planned.read_bytes if show else None)
+    checked = None
+    if checks is not None:
+        with control.phase("checksums"):
+            checked = checks.agree(control)
     peak = memory.stop()
     memory.landed = lambda: 0  # what has landed is the caller's alone now
     return Loaded(
@@ -107,13 +122,16 @@ def fill(
         peak,
         plan_seconds,
         pipeline.seconds,
+        checked,
     )
 
 
-def _reader(catalog: Catalog, store: Store) -> Callable[[int, int, Tensor], None]:
+def _reader(catalog: Catalog, store: Store, checks: Checks | None) -> Callable[[int, int, Tensor], None]:
     def read_range(file: int, start: int, memory: Tensor) -> None:
-        found = catalog.files[file]
-        store.read(found.name, found.pin, start, memory.numpy().data)
+        found, data = catalog.files[file], memory.numpy().data
+        store.read(found.name, found.pin, start, data)
+        if checks is not None:
+            checks.take(file, start, data)
 
     return read_range
 

@@ -7,6 +7,7 @@ from typing import NamedTuple, get_args
 import numpy as np
 
 from loader.plan.catalog import Catalog
+from loader.plan.claims import Spans
 from loader.plan.extents import cut_extents
 from loader.plan.forecast import Forecast, egress_bytes, exchange, forecast
 from loader.plan.needs import Ints
@@ -17,14 +18,15 @@ from loader.stream.planning import Terms
 
 
 class Outlook(NamedTuple):
-    """What all ranks will do, by rank; what hosts send and receive; and, in bytes, what the whole job needs, what its
-    ranks need together, and what leaves the bucket for each way of sharing."""
+    """What all ranks will do, by rank; what hosts send and receive; in bytes, what the whole job needs, what its ranks
+    need together, and what leaves the bucket for each way of sharing; and all that is read, by distinct domain."""
 
     ranks: Forecast
     between_hosts: tuple[Ints, Ints]
     needed_bytes: int
     held_bytes: int
     egress_bytes: dict[str, int]
+    reads: list[Spans]
 
 
 def look_ahead(foresight: Foresight, catalog: Catalog, terms: Terms, host: Ints, share: Share) -> Outlook:
@@ -38,6 +40,7 @@ def look_ahead(foresight: Foresight, catalog: Catalog, terms: Terms, host: Ints,
     columns = Forecast(*(np.zeros(len(host), np.int64) for _ in Forecast._fields))
     between_hosts = np.zeros((2, int(host[-1]) + 1), np.int64)
     known: dict[tuple[int, ...], tuple[Forecast, tuple[Ints, Ints]]] = {}
+    reads: list[Spans] = []
     nodes = [str(each) for each in host.tolist()]
     for domain in sharing_domains(nodes, share):
         same = tuple(demands[rank] for rank in domain)
@@ -45,6 +48,7 @@ def look_ahead(foresight: Foresight, catalog: Catalog, terms: Terms, host: Ints,
         if same not in known:
             classes = classes_of(domain, demands, foresight.demands, nodes)
             plan, cuts = plan_with_cuts(entries, classes, terms.limits, terms.partners)
+            reads.append(Spans(plan.file, plan.start, plan.stop))
             known[same] = forecast(plan, cuts, terms.limits), exchange(plan, cuts, host[domain] - first)
         own, between = known[same]
         for column, values in zip(columns, own, strict=True):
@@ -63,4 +67,5 @@ def look_ahead(foresight: Foresight, catalog: Catalog, terms: Terms, host: Ints,
         else cut_extents(entries, everyone, terms.limits.range_bytes).needed_bytes,
         sum(sizes[number] for number in demands),
         {each: egress.get(each, int(columns.fetched.sum())) for each in get_args(Share)},
+        reads,
     )

@@ -13,7 +13,7 @@ from loader.formats.torch_file.ranges import Fetch, Ranges
 from loader.formats.torch_file.regions import lay_out
 from loader.formats.torch_file.state_dict import state_dict
 from loader.formats.torch_file.storages import RESAVE, storages_of
-from loader.formats.torch_file.zipped import TAIL, Archive
+from loader.formats.torch_file.zipped import TAIL, Archive, Record
 from loader.plan.catalog import Contents
 
 _HEAD = 512
@@ -26,11 +26,13 @@ _TAR = (b"sys_info", b"pickle", b"tensors", b"storages")
 
 
 class TorchFile(NamedTuple):
-    """What is in it; what of it is no tensor, in words; and how many of its bytes had to be read for that."""
+    """What is in it; what of it is no tensor, in words; how many of its bytes had to be read for that; and, of
+    an archive, the records of its pickle and its tensors."""
 
     contents: Contents
     left_out: list[str]
     header_bytes: int
+    records: tuple[Record, ...] = ()
 
 
 def read_torch_file(fetch: Fetch, *, file: str, file_number: int, size: int) -> TorchFile:
@@ -39,6 +41,7 @@ def read_torch_file(fetch: Fetch, *, file: str, file_number: int, size: int) -> 
     Raises CatalogError, naming file and key, for what cannot be loaded by ranges, and what it lies about.
     """
     ranges = Ranges(fetch, size, MAX_PICKLE)
+    records: list[Record] = []
     ranges.guess(size - TAIL, size)
     head = b"PK" if _ends_as_zip(ranges) else ranges.get(0, min(_HEAD, size))
     if head.startswith(b"PK"):
@@ -46,7 +49,9 @@ def read_torch_file(fetch: Fetch, *, file: str, file_number: int, size: int) -> 
         found = unpickle(io.BytesIO(archive.pickle()), file=file)
         saved = state_dict(found.value, file)
         storages = storages_of(found.persistent, file)
-        starts = archive.locate([storages[key] for key in dict.fromkeys(t.storage for t in saved.tensors)])
+        located = archive.locate([storages[key] for key in dict.fromkeys(t.storage for t in saved.tensors)])
+        starts = {key: record.start for key, record in located.items()}
+        records = [archive.read, *located.values()]
     elif head.startswith(legacy.STARTS):
         pickles = legacy.read_pickles(ranges, file)
         saved = state_dict(pickles.found.value, file)
@@ -55,7 +60,7 @@ def read_torch_file(fetch: Fetch, *, file: str, file_number: int, size: int) -> 
     else:
         raise CatalogError(f"{file}: not a file of torch.save: {_told(head)}.")
     contents = lay_out(saved.tensors, starts, storages, file_number)
-    return TorchFile(contents, saved.left_out, ranges.asked)
+    return TorchFile(contents, saved.left_out, ranges.asked, tuple(records))
 
 
 def _ends_as_zip(ranges: Ranges) -> bool:

@@ -15,6 +15,7 @@ from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
+from loader.crc import crc
 from loader.errors import CatalogError
 from loader.formats.strict_json import advice, quote
 from loader.formats.torch_file.pickled import MAX_PICKLE
@@ -32,12 +33,15 @@ _BAD = (zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError, Runt
 
 
 class Record(NamedTuple):
-    """A record: its header begins at `header`, its bytes at `start`."""
+    """A record: its header begins at `header`, its bytes at `start`. Their CRC-32 is `crc`, as the directory says;
+    `found` is what it was, where they were read."""
 
     name: str
     header: int
     start: int
     stop: int
+    crc: int = 0
+    found: int | None = None
 
 
 class Archive:
@@ -59,7 +63,8 @@ class Archive:
         self._check_kind()
 
     def pickle(self) -> bytes:
-        """The pickle, after the byte order was found to be little; files from before torch 2.1 do not say it."""
+        """The pickle, whose record is then `read`; the byte order was found to be little before. Files from before
+        torch 2.1 do not say it."""
         name, order = self._name("data.pkl"), self._name("byteorder")
         small = [each for each in (name, order) if each in self._by_name]
         if self._by_name[name].file_size > MAX_PICKLE:
@@ -71,10 +76,12 @@ class Archive:
             told = self._ranges.get(records[order].start, min(records[order].stop, records[order].start + 16))
             if told != b"little":
                 raise self._refused(f"its byte order is {quote(told)}, and little is what can be loaded. {RESAVE}")
-        return self._ranges.get(records[name].start, records[name].stop)
+        data = self._ranges.get(records[name].start, records[name].stop)
+        self.read = records[name]._replace(found=crc("CRC32", data))
+        return data
 
-    def locate(self, storages: Collection[Storage]) -> dict[str, int]:
-        """The byte where each of the storages begins, by its key.
+    def locate(self, storages: Collection[Storage]) -> dict[str, Record]:
+        """The record of each of the storages, by its key.
 
         Raises CatalogError for one that is missing, compressed, of another size, or overlaps another record.
         """
@@ -88,7 +95,7 @@ class Archive:
                 told = f"record {quote(names[key])} has {info.file_size} bytes, and its pickle says {nbytes}"
                 raise self._refused(f"{told}. {advice()}")
         records = self._locate(list(names.values()))
-        return {key: records[name].start for key, name in names.items()}
+        return {key: records[name] for key, name in names.items()}
 
     def _whole(self, info: zipfile.ZipInfo, headers: Sequence[int]) -> Span:
         """From a record's header to the next's: its local header need not be read before its bytes."""
@@ -144,7 +151,7 @@ class Archive:
         if name != len(head) - _LOCAL.size or head[_LOCAL.size :] != _raw_name(info):
             raise ValueError(f"the local header at byte {info.header_offset} has another name than {told}")
         start = info.header_offset + _LOCAL.size + name + extra
-        return Record(info.orig_filename, info.header_offset, start, start + info.file_size)
+        return Record(info.orig_filename, info.header_offset, start, start + info.file_size, info.CRC)
 
     def _refused(self, what: str) -> CatalogError:
         return CatalogError(f"{self.file}: {what}.")

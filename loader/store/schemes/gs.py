@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from base64 import b64decode
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -13,6 +14,7 @@ from google.auth.exceptions import GoogleAuthError, TransportError
 from loader.store.base import (
     Access,
     Address,
+    Checksum,
     Filler,
     Scheme,
     Stat,
@@ -53,6 +55,13 @@ class GsScheme:
         bucket, key, _ = self.fs.split_path(f"{self.path}/{name}")
         found = self._json(self._url(bucket, key), {})
         return Stat(int(found["size"]), str(found["generation"]))
+
+    def checksum(self, name: str, pin: str) -> Checksum | str:
+        bucket, key, _ = self.fs.split_path(f"{self.path}/{name}")
+        found = self._json(self._url(bucket, key), {"generation": pin})
+        if "crc32c" not in found:
+            return "the bucket tells no crc32c of it"
+        return Checksum("CRC32C", int.from_bytes(b64decode(found["crc32c"])))
 
     def read(self, name: str, pin: str, start: int, buffer: memoryview) -> None:
         bucket, key, _ = self.fs.split_path(f"{self.path}/{name}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from base64 import b64decode
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,9 +20,11 @@ from botocore.exceptions import (
 )
 from fsspec.core import url_to_fs
 
+from loader.crc import ALGORITHMS
 from loader.store.base import (
     Access,
     Address,
+    Checksum,
     Filler,
     Scheme,
     Stat,
@@ -79,6 +82,20 @@ class S3Scheme:
         bucket, key, _ = self.fs.split_path(f"{self.path}/{name}")
         found = self._call(lambda: self.fs._call_s3("head_object", Bucket=bucket, Key=key))  # noqa: SLF001
         return Stat(found["ContentLength"], found["ETag"])
+
+    def checksum(self, name: str, pin: str) -> Checksum | str:
+        bucket, key, _ = self.fs.split_path(f"{self.path}/{name}")
+        found = self._call(
+            lambda: self.fs._call_s3("head_object", Bucket=bucket, Key=key, ChecksumMode="ENABLED")  # noqa: SLF001
+        )
+        if found["ETag"] != pin:
+            raise changed(name, pin, found["ETag"])
+        for algorithm in ALGORITHMS:
+            value = found.get(f"Checksum{algorithm}", "")
+            whole = found.get("ChecksumType", "FULL_OBJECT") == "FULL_OBJECT" and "-" not in value  # "…-7": of 7 parts'
+            if value and whole:
+                return Checksum(algorithm, int.from_bytes(b64decode(value)))
+        return f"the bucket has no {', '.join(ALGORITHMS)} of the whole object; one of its parts' checksums does not do"
 
     def read(self, name: str, pin: str, start: int, buffer: memoryview) -> None:
         bucket, key, _ = self.fs.split_path(f"{self.path}/{name}")
