@@ -237,6 +237,7 @@ class Job:
             fetched_bytes=tally.fetched_bytes,
             gets=tally.gets,
             retries=tally.retries,
+            hedged_bytes=tally.hedged_bytes,
             exchanged_bytes=loaded.exchanged_bytes,
             shard_bytes=loaded.shard_bytes,
             peak_over_shards_bytes=loaded.peak_over_shards_bytes,

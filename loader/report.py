@@ -87,13 +87,14 @@ class Memory(_Part):
 
 
 class RankReport(_Part):
-    """What one rank did. `retries` is summed into the job's and is not in the JSON's `ranks`."""
+    """What one rank did. `retries` and `hedged_bytes` are summed into the job's and are not in the JSON's `ranks`."""
 
     rank: int
     host: str
     fetched_bytes: int
     gets: int
     retries: int = Field(default=0, exclude=True)
+    hedged_bytes: int = Field(default=0, exclude=True)
     exchanged_bytes: int
     shard_bytes: int
     peak_over_shards_bytes: int | None
@@ -103,7 +104,8 @@ class RankReport(_Part):
 class Report(_Part):
     """The whole job, as in `report.json`. `egress_ratio` is fetched / needed bytes, null where nothing was needed.
 
-    With `predicted` it is a dry run's, and all of it is as planned.
+    `hedged_bytes`, of the fetched, may have come twice: what was late was asked for again. With `predicted` it is a
+    dry run's, and all of it is as planned.
     """
 
     version: Literal[1] = 1
@@ -116,6 +118,7 @@ class Report(_Part):
     egress_ratio: float | None
     gets: int
     retries: int
+    hedged_bytes: int = 0
     exchanged_bytes: int
     memory: Memory
     seconds: Seconds
@@ -126,7 +129,7 @@ class Report(_Part):
     ranks: tuple[RankReport, ...]
 
     def to_json(self) -> str:
-        absent = {name for name in ("checksums", "predicted") if getattr(self, name) is None}
+        absent = {name for name in ("hedged_bytes", "checksums", "predicted") if not getattr(self, name)}
         return self.model_dump_json(indent=2, exclude=absent) + "\n"
 
     def write(self, path: str) -> None:
@@ -206,6 +209,7 @@ def merge(
         egress_ratio=fetched / needed_bytes if needed_bytes else None,
         gets=sum(each.gets for each in ranks),
         retries=sum(each.retries for each in ranks),
+        hedged_bytes=sum(each.hedged_bytes for each in ranks),
         exchanged_bytes=sum(each.exchanged_bytes for each in ranks),
         memory=Memory(budget_bytes=budget_bytes, peak_over_shards_bytes=max(peaks, default=None)),
         seconds=seconds,

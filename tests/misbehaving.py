@@ -111,6 +111,11 @@ def from_then_on(rank: int, number: int, fault: Fault) -> Fault:
     return lambda get: fault(get) if get.request.rank == rank and get.number >= number else None
 
 
+def every(count: int, fault: Fault) -> Fault:
+    """Of every rank's GETs each `count`th."""
+    return lambda get: fault(get) if get.number % count == count - 1 else None
+
+
 # What
 
 
@@ -159,6 +164,12 @@ def stall(get: Get) -> Reply:
 
     reply, body = _served(get)
     return Reply(reply.status, reply.headers, chunks(body))
+
+
+def unanswered(get: Get) -> Reply:
+    """Silence at once."""
+    get.server.stop.wait()
+    raise ConnectionResetError
 
 
 def trickle(get: Get) -> Reply:

@@ -19,6 +19,9 @@ from loader.errors import PinError
 
 T = TypeVar("T")
 
+PIECE = 256 * 1024
+"""Bytes that are received at once, at most: what came of them before a reset or a silence is read again."""
+
 Backend = Literal["auto", "direct", "fsspec"]
 """Who reads the ranges: `direct` over HTTP (see `loader.store.direct`), `fsspec` the scheme's own client library,
 `auto` the first where the scheme and its options allow it."""
@@ -55,9 +58,11 @@ class Listed(Protocol):
 class Scheme(Listed, Protocol):
     """One that reads them through a client library."""
 
-    def read(self, name: str, pin: str, start: int, buffer: memoryview) -> None:
+    def read(self, name: str, pin: str, start: int, buffer: memoryview, silence: float) -> None:
         """Fill `buffer` with the bytes from `start` on, of the version that `pin` names.
 
+        After `silence` seconds without a byte it is given up as `Late`; a scheme that can only wait for its time-out
+        does that.
         Raises PinError when the reply is of another, FileNotFoundError when the store says that there is no such
         range of that version, PermissionError, `Unusable`, and `Transient` for whatever another try may mend.
         """
@@ -99,6 +104,10 @@ class Transient(Exception):  # noqa: N818 - it is a verdict on an error, told ap
         self.filled = filled
         self.throttled = throttled
         self.retry_after = retry_after
+
+
+class Late(Transient):
+    """No byte came for as long as the read might be silent."""
 
 
 class Unusable(Exception):  # noqa: N818 - as above

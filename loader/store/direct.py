@@ -18,12 +18,14 @@ from urllib.request import getproxies, proxy_bypass
 
 import certifi
 import urllib3
-from urllib3.exceptions import HTTPError, LocationParseError, SSLError
+from urllib3.exceptions import HTTPError, LocationParseError, ReadTimeoutError, SSLError
 
 from loader.store.base import (
+    PIECE,
     Address,
     Addressed,
     Checksum,
+    Late,
     Stat,
     Transient,
     Unusable,
@@ -37,9 +39,6 @@ from loader.store.base import (
 ERROR_BYTES = 16 * 1024
 """Of an error's body, which says in words what the status does not."""
 
-PIECE = 256 * 1024
-"""Bytes received at once: what came of a piece before a reset or a silence is read again."""
-
 
 class Direct:
     """A scheme whose ranges are read so."""
@@ -50,9 +49,9 @@ class Direct:
         At `until` (monotonic) all reading ends.
         """
         self._scheme = scheme
+        self._timeout = timeout
         self._options: dict[str, Any] = {
             "maxsize": concurrency,
-            "timeout": urllib3.Timeout(connect=timeout, read=timeout),
             "retries": False,  # the one retry layer is the store's
             "ca_certs": _authorities(),
         }
@@ -81,12 +80,12 @@ class Direct:
     def checksum(self, name: str, pin: str) -> Checksum | str:
         return checksum_of(self._scheme, name, pin)
 
-    def read(self, name: str, pin: str, start: int, buffer: memoryview) -> None:
+    def read(self, name: str, pin: str, start: int, buffer: memoryview, silence: float) -> None:
         address = self._addresses.get((name, pin))
         if address is None:
             address = self._addresses[name, pin] = self._scheme.address(name, pin)
         wanted = {"Range": f"bytes={start}-{start + len(buffer) - 1}", "Accept-Encoding": "identity"}
-        reply = self._get(address, wanted)
+        reply = self._get(address, wanted, silence)
         try:
             with self._interruptible(reply):
                 self._check(reply, name, pin, start, len(buffer))
@@ -139,15 +138,22 @@ class Direct:
             refused.retry_after = asked_wait(reply.headers.get("Retry-After"))
         return refused
 
-    def _get(self, address: Address, headers: Mapping[str, str]) -> urllib3.BaseHTTPResponse:
+    def _get(self, address: Address, headers: Mapping[str, str], silence: float) -> urllib3.BaseHTTPResponse:
         try:
             return self._manager(address.url).request(
-                "GET", address.url, headers={**address.headers, **headers}, preload_content=False, redirect=False
+                "GET",
+                address.url,
+                headers={**address.headers, **headers},
+                preload_content=False,
+                redirect=False,
+                timeout=urllib3.Timeout(connect=self._timeout, read=min(silence, self._timeout)),
             )
         except LocationParseError as error:
             raise Unusable("this is no valid URL") from error
         except SSLError as error:
             raise Unusable(f"the server's certificate was not accepted: {told(error)}") from error
+        except ReadTimeoutError as error:
+            raise Late(told(error)) from error
         except (HTTPError, OSError) as error:
             raise Transient(told(error)) from error
 
@@ -174,6 +180,8 @@ def _receive(reply: urllib3.BaseHTTPResponse, buffer: memoryview) -> None:
             filled += count
         if body.read(1):
             raise Transient(f"the body is longer than the {len(buffer)} bytes asked for", filled=0)
+    except TimeoutError as error:
+        raise Late(told(error), filled=filled) from error
     except (OSError, HTTPException) as error:
         raise Transient(told(error), filled=filled) from error
 

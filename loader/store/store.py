@@ -11,7 +11,20 @@ from typing import TypeVar
 import tenacity
 
 from loader.errors import CatalogError, LoaderError, PinError, StoreError
-from loader.store.base import Access, Checksum, Scheme, Stat, Transient, Unusable, changed, checksum_of, told
+from loader.store.base import (
+    PIECE,
+    Access,
+    Checksum,
+    Late,
+    Scheme,
+    Stat,
+    Transient,
+    Unusable,
+    changed,
+    checksum_of,
+    told,
+)
+from loader.store.patience import Patience
 from loader.store.schemes import open_scheme
 from loader.store.secrets import Secrets
 from loader.uri import public_uri
@@ -37,18 +50,38 @@ LONGEST_ASKED = 60.0
 
 @dataclass(slots=True)
 class Tally:
-    """What was asked of the bucket, as the bucket sees it: ranged GETs of files, and bytes of their bodies."""
+    """What was asked of the bucket, as the bucket sees it: ranged GETs of files, and bytes of their bodies. Of these,
+    `hedged_bytes` may have come twice, for the first reply was late."""
 
     gets: int = 0
     fetched_bytes: int = 0
     retries: int = 0
+    hedged_bytes: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    def add(self, *, gets: int = 0, fetched_bytes: int = 0, retries: int = 0) -> None:
+    def add(self, *, gets: int = 0, fetched_bytes: int = 0, retries: int = 0, hedged_bytes: int = 0) -> None:
         with self._lock:
             self.gets += gets
             self.fetched_bytes += fetched_bytes
             self.retries += retries
+            self.hedged_bytes += hedged_bytes
+
+
+@dataclass(slots=True)
+class _Reading:
+    """A range on its way into `buffer`: `filled` bytes are there. `renewed`: with credentials that were made anew."""
+
+    name: str
+    pin: str
+    start: int
+    buffer: memoryview
+    counted: bool
+    filled: int = 0
+    renewed: bool = False
+
+    @property
+    def rest(self) -> memoryview:
+        return self.buffer[self.filled :]
 
 
 class Store:
@@ -68,6 +101,7 @@ class Store:
         self._until = time.monotonic() + deadline
         self._closed = threading.Event()
         self._lock = threading.Lock()
+        self._patience = Patience(access.timeout)
         self._access = replace(access, uri=directory, until=self._until)
         self._scheme = self._open()
 
@@ -147,38 +181,51 @@ class Store:
                     raise StoreError(error.message) from error.__cause__
 
     def _fill(self, name: str, pin: str, start: int, buffer: memoryview, *, counted: bool) -> None:
-        filled, renewed = 0, False
-
-        def attempt() -> None:
-            nonlocal filled, renewed
-            got, scheme = 0, self._scheme
-            try:
-                scheme.read(name, pin, start + filled, buffer[filled:])
-                got = len(buffer) - filled
-            except Transient as error:
-                got = error.filled
-                if filled + got < len(buffer):  # else it all came before: there is no rest to ask for
-                    raise
-            except FileNotFoundError as error:
-                raise _gone(scheme, name, pin, error) from error
-            except PermissionError as error:
-                if renewed or not self._retries:
-                    raise
-                renewed = True
-                self._renew(scheme)
-                raise Transient(f"refused, and asked again with credentials made anew: {error}") from error
-            finally:
-                filled += got
-                if counted:
-                    self.tally.add(gets=1, fetched_bytes=got)
-
+        reading = _Reading(name, pin, start, buffer, counted)
         where = f"{name} bytes {start}-{start + len(buffer) - 1}"
         try:
-            self._try(attempt, where)
+            self._try(lambda: self._read_rest(reading), where)
         except (PermissionError, Unusable) as error:
             raise self._told(
                 StoreError, f"{where}: ", error, ": the store answered before, and refuses now"
             ) from self._secrets.cause(error)
+
+    def _read_rest(self, reading: _Reading) -> None:
+        """Ask for what is not there yet; where that is late, for what is still not there, and then wait for it."""
+        again, begun = min(PIECE, len(reading.rest)), time.monotonic()
+        silence = self._patience.seconds(again)
+        try:
+            self._ask_for_rest(reading, silence)
+        except Late:
+            if silence >= self._access.timeout:
+                raise
+            self._patience.late(silence, again)
+            self.tally.add(hedged_bytes=again)
+            self._ask_for_rest(reading, self._access.timeout)
+        else:
+            self._patience.took(time.monotonic() - begun, len(reading.buffer))
+
+    def _ask_for_rest(self, reading: _Reading, silence: float) -> None:
+        got, scheme = 0, self._scheme
+        try:
+            scheme.read(reading.name, reading.pin, reading.start + reading.filled, reading.rest, silence)
+            got = len(reading.rest)
+        except Transient as error:
+            got = error.filled
+            if got < len(reading.rest):  # else it all came before: there is no rest to ask for
+                raise
+        except FileNotFoundError as error:
+            raise _gone(scheme, reading.name, reading.pin, error) from error
+        except PermissionError as error:
+            if reading.renewed or not self._retries:
+                raise
+            reading.renewed = True
+            self._renew(scheme)
+            raise Transient(f"refused, and asked again with credentials made anew: {error}") from error
+        finally:
+            reading.filled += got
+            if reading.counted:
+                self.tally.add(gets=1, fetched_bytes=got)
 
     def _try(self, call: Callable[[], T], what: str) -> T:
         retrying = tenacity.Retrying(

@@ -92,7 +92,7 @@ def test_through_a_proxy_of_the_environments(directory, monkeypatch):
         direct = open_scheme(Access(url, {}, 4, 30.0, "direct"))
         pin = direct.stat(NAME).pin
         buffer = bytearray(1000)
-        direct.read(NAME, pin, 0, memoryview(buffer))
+        direct.read(NAME, pin, 0, memoryview(buffer), 30.0)
         assert bytes(buffer) == DATA[:1000]
         assert [r.target for r in proxy.requests] == [f"{url}/{NAME}"]
 

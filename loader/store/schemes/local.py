@@ -25,7 +25,7 @@ class LocalScheme:
         found = (self.directory / name).stat()
         return Stat(found.st_size, _pin(found))
 
-    def read(self, name: str, pin: str, start: int, buffer: memoryview) -> None:
+    def read(self, name: str, pin: str, start: int, buffer: memoryview, _: float) -> None:
         try:
             with (self.directory / name).open("rb", buffering=0) as file:
                 if (found := _pin(os.fstat(file.fileno()))) != pin:

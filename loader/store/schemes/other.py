@@ -40,7 +40,7 @@ class OtherScheme:
         versions = [f"{field}={found[field]}" for field in PIN_FIELDS if found.get(field) is not None]
         return Stat(int(found["size"]), " ".join([f"size={found['size']}", *versions]))
 
-    def read(self, name: str, pin: str, start: int, buffer: memoryview) -> None:
+    def read(self, name: str, pin: str, start: int, buffer: memoryview, _: float) -> None:
         filler = Filler(buffer)
         try:
             if (found := self.stat(name).pin) != pin:

@@ -100,7 +100,7 @@ class WebScheme:
 
         return call(self.fs.loop, head, self.until)  # type: ignore[no-any-return]
 
-    def read(self, name: str, pin: str, start: int, buffer: memoryview) -> None:
+    def read(self, name: str, pin: str, start: int, buffer: memoryview, _: float) -> None:
         filler = Filler(buffer)
         headers = {"Range": f"bytes={start}-{start + len(buffer) - 1}"}
 
