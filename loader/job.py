@@ -172,7 +172,6 @@ class Job:
             memory_budget=self.read.memory_budget,
             reserved=self.reserved_bytes,
             range_size=self.read.range_size,
-            concurrency=self.read.concurrency,
             deadline=self.read.deadline,
         )
         catalog = self.source.catalog

@@ -148,7 +148,8 @@ class Read(Section):
         default=parse_bytes("8MiB"), description="bytes asked for in one GET"
     )
     concurrency: Annotated[StrictInt, Field(ge=1)] = Field(
-        default=16, description="ranges in flight per rank, fewer where the budget is small"
+        default=16,
+        description="ranges in flight per rank at first, then as many as pay, to 64; fewer where the budget is small",
     )
     backend: Literal["auto", "direct", "fsspec"] = Field(
         default="auto",

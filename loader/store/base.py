@@ -162,8 +162,8 @@ def asked_wait(retry_after: str | None) -> float | None:
 class Access:
     """How a scheme is opened: where, with which client options, how patiently, and who reads the ranges.
 
-    `timeout` is in seconds, for a connection, and between two arrivals of bytes; `concurrency` is how many ranges are
-    read at once. `until`, which the store sets, is when all reading ends, on the monotonic clock.
+    `timeout` is in seconds, for a connection, and between two arrivals of bytes; `concurrency` is how many ranges may
+    be read at once. `until`, which the store sets, is when all reading ends, on the monotonic clock.
     """
 
     uri: str

@@ -24,6 +24,7 @@ from loader.store.base import (
     checksum_of,
     told,
 )
+from loader.store.flow import Flow
 from loader.store.patience import Patience
 from loader.store.schemes import open_scheme
 from loader.store.secrets import Secrets
@@ -88,7 +89,8 @@ class Store:
     """A directory of checkpoint files, or one file.
 
     `retries` is how often one range is tried again; `deadline` (seconds) bounds all work on the store together. Methods
-    block and may be called from many threads; `close` ends them.
+    block and may be called from many threads; `close` ends them. `access.concurrency` ranges are read at once, then as
+    many as pay, up to `most_at_once`.
     """
 
     def __init__(self, access: Access, *, retries: int, deadline: float) -> None:
@@ -102,7 +104,9 @@ class Store:
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._patience = Patience(access.timeout)
-        self._access = replace(access, uri=directory, until=self._until)
+        self._flow = Flow(access.concurrency)
+        self.most_at_once = self._flow.most
+        self._access = replace(access, uri=directory, until=self._until, concurrency=self.most_at_once)
         self._scheme = self._open()
 
     def _open(self) -> Scheme:
@@ -192,28 +196,31 @@ class Store:
 
     def _read_rest(self, reading: _Reading) -> None:
         """Ask for what is not there yet; where that is late, for what is still not there, and then wait for it."""
-        again, begun = min(PIECE, len(reading.rest)), time.monotonic()
-        silence = self._patience.seconds(again)
+        if not self._ask_for_rest(reading, hedged=True):
+            self._ask_for_rest(reading, hedged=False)
+
+    def _ask_for_rest(self, reading: _Reading, *, hedged: bool) -> bool:
+        """Whether it came; if `hedged`, it may also have been late."""
+        got, scheme, again = 0, self._scheme, min(PIECE, len(reading.rest))
         try:
-            self._ask_for_rest(reading, silence)
-        except Late:
-            if silence >= self._access.timeout:
+            with self._flow.place():
+                begun = time.monotonic()
+                silence = self._patience.seconds(again) if hedged else self._access.timeout
+                scheme.read(reading.name, reading.pin, reading.start + reading.filled, reading.rest, silence)
+            got = len(reading.rest)
+            self._patience.took(time.monotonic() - begun, got)
+            self._flow.arrived(got)
+        except Transient as error:
+            got = error.filled
+            if error.throttled:
+                self._flow.throttled()
+            if got == len(reading.rest):  # it all came before: there is no rest to ask for
+                return True
+            if not (isinstance(error, Late) and silence < self._access.timeout):
                 raise
             self._patience.late(silence, again)
             self.tally.add(hedged_bytes=again)
-            self._ask_for_rest(reading, self._access.timeout)
-        else:
-            self._patience.took(time.monotonic() - begun, len(reading.buffer))
-
-    def _ask_for_rest(self, reading: _Reading, silence: float) -> None:
-        got, scheme = 0, self._scheme
-        try:
-            scheme.read(reading.name, reading.pin, reading.start + reading.filled, reading.rest, silence)
-            got = len(reading.rest)
-        except Transient as error:
-            got = error.filled
-            if got < len(reading.rest):  # else it all came before: there is no rest to ask for
-                raise
+            return False
         except FileNotFoundError as error:
             raise _gone(scheme, reading.name, reading.pin, error) from error
         except PermissionError as error:
@@ -226,6 +233,7 @@ class Store:
             reading.filled += got
             if reading.counted:
                 self.tally.add(gets=1, fetched_bytes=got)
+        return True
 
     def _try(self, call: Callable[[], T], what: str) -> T:
         retrying = tenacity.Retrying(

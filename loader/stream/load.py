@@ -56,7 +56,6 @@ class Manner:
     memory_budget: int
     reserved: int
     range_size: int
-    concurrency: int
     deadline: float
 
 
@@ -106,7 +105,7 @@ def fill(
             control,
             transport,
             slots=terms.limits.rounds_in_flight,
-            concurrency=manner.concurrency,
+            concurrency=store.most_at_once,
         )
         _run(pipeline, control, planned.read_bytes if show else None)
     checked = None

@@ -1,0 +1,110 @@
+"""How many ranges a rank reads at once: as many as pay.
+
+A bucket serves a connection at some rate, whatever the link would carry, and a range begins with a wait. So more at
+once bring more, up to what the link, the bucket or this host can do; beyond that they bring nothing but memory and
+requests. Where that is shows only when it is tried.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+MOST = 64
+"""Ranges at once, at most: 5.4 GB/s at 85 MB/s a connection, what a 400 Gbit/s link has for each of 8 ranks."""
+
+WINDOW = 2
+"""How many ranges each place has read when it is looked what they bring."""
+
+PAYS = 1.2
+"""Twice the places pay where they bring at least a fifth more."""
+
+CALM = 10.0
+"""Seconds after a server has asked for fewer requests until one more is tried again, and between that and the next."""
+
+
+class Flow:
+    """The places for ranges that are read at once, given in the order in which they are asked for."""
+
+    def __init__(self, places: int) -> None:
+        """`places` are had at first; more than MOST only if it is more."""
+        self.places = places
+        self.most = max(MOST, places)
+        self._taken = 0
+        self._waiting: deque[threading.Event] = deque()
+        self._lock = threading.Lock()
+        self._growing = places < self.most
+        self._calm_at: float | None = None
+        self._rate = 0.0
+        self._ranges = self._bytes = 0
+        self._since = 0.0
+
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Wait for a place, and take it."""
+        given = threading.Event()
+        with self._lock:
+            self._waiting.append(given)
+            self._admit()
+        given.wait()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._taken -= 1
+                self._admit()
+
+    def arrived(self, size: int) -> None:
+        """A range of `size` bytes has been read."""
+        with self._lock:
+            if self._calm_at is not None:
+                self._regain(self._calm_at)
+            elif self._growing:
+                self._measure(size)
+
+    def throttled(self) -> None:
+        """The server asked for fewer requests: half of the places go, once for those who were asked side by side."""
+        with self._lock:
+            now = time.monotonic()
+            if self._calm_at is None or now > self._calm_at - CALM + 1:
+                self._give(max(1, self.places // 2))
+            self._calm_at = now + CALM
+
+    def _measure(self, size: int) -> None:
+        if not self._waiting:  # more places would have nothing to read
+            self._ranges = self._bytes = 0
+            return
+        if not self._ranges:
+            self._since = time.monotonic()  # from the end of a range on: the wait before the first is no rate
+        else:
+            self._bytes += size
+        self._ranges += 1
+        if self._ranges <= WINDOW * self.places:
+            return
+        rate = self._bytes / max(1e-9, time.monotonic() - self._since)
+        if rate < PAYS * self._rate:
+            self._growing = False
+            self._give(self.places // 2)
+        else:
+            self._rate = rate
+            self._growing = 2 * self.places <= self.most
+            self._give(min(2 * self.places, self.most))
+
+    def _regain(self, calm_at: float) -> None:
+        now = time.monotonic()
+        if now > calm_at and self.places < self.most:
+            self._give(self.places + 1)
+            self._calm_at = now + CALM
+
+    def _give(self, places: int) -> None:
+        self.places = places
+        self._ranges = self._bytes = 0
+        self._admit()
+
+    def _admit(self) -> None:
+        while self._waiting and self._taken < self.places:
+            self._taken += 1
+            self._waiting.popleft().set()
