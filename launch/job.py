@@ -15,7 +15,7 @@ from loader.errors import ConfigError
 from loader.store.secrets import Secrets
 
 POD_NAME = 63
-"""Characters that a pod's name may have where it is also a host name: RFC 1123's, which Kubernetes keeps."""
+"""Characters that a pod's name may have, for it is a host name too (a label of RFC 1035); JobSet refuses longer ones."""
 
 CPUS_PER_RANK = 4
 """Cores that a pod asks for where nothing is said: a rank's own, and some for its reading and its trainer's data."""
@@ -57,6 +57,8 @@ def job_of(given: argparse.Namespace) -> Job:
     resolve_mesh(config.mesh, given.nodes * given.ranks_per_node)
     train = command_words(given.train) if given.train is not None else []
     _check_hand_over(config, train)
+    if given.form == "kubernetes":
+        _check_seen_by_pods(config)
     text = Path(given.config).read_text(encoding="utf-8-sig")
     _check_no_secret(config, [text, *given.overrides])
     return Job(
@@ -139,6 +141,15 @@ def _check_hand_over(config: Config, train: Sequence[str]) -> None:
         )
     if not train and output.checkpoint is None and output.entrypoint is None:
         raise ConfigError("output: nothing would be left of the load: set output.entrypoint, or output.checkpoint")
+
+
+def _check_seen_by_pods(config: Config) -> None:
+    checkpoint = config.output.checkpoint
+    if checkpoint is not None and "://" not in checkpoint:
+        raise ConfigError(
+            f"output.checkpoint: {checkpoint} would be in the file system of one container, and no other sees that: "
+            "name a bucket"
+        )
 
 
 def _check_no_secret(config: Config, texts: Sequence[str]) -> None:

@@ -89,7 +89,7 @@ def _count(text: str) -> int:
 
 
 def _name(text: str) -> str:
-    """RFC 1123's label, which Kubernetes asks for: the pods' host names begin with it."""
+    """A label of RFC 1035, for on Kubernetes host names begin with it."""
     if not re.fullmatch("[a-z]([-a-z0-9]*[a-z0-9])?", text):
         raise argparse.ArgumentTypeError(f"should be of a-z, 0-9 and '-', with a letter first, found {text!r}")
     return text

@@ -1,6 +1,5 @@
 """The script that launch/make.py writes for one machine, run as it is."""
 
-import signal
 import subprocess
 import time
 
@@ -39,14 +38,13 @@ def test_after_an_init_step_that_failed_no_training_starts(start, s3, make, trai
     assert trained() == {}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_passed_on_and_the_end_waited_for(number, start, checkpoint, s3, make, tmp_path):
+def test_sigterm_is_passed_on_and_the_end_waited_for(start, checkpoint, s3, make, tmp_path):
     entrypoint = "output.entrypoint=tests.launch.entrypoints:until_sigterm"
     script, _ = make("laptop", "--ranks-per-node=2", f"source.uri={s3.put(checkpoint)}", entrypoint)
     process = start(script)
     while len(list(tmp_path.glob("waiting-*"))) < 2:
         assert process.poll() is None, (tmp_path / "log").read_text()
         time.sleep(0.1)
-    process.send_signal(number)
-    assert process.wait(30) == 1  # torchrun's
+    process.terminate()
+    assert process.wait(60) == 1  # torchrun's
     assert len(list(tmp_path.glob("saved-*"))) == 2
