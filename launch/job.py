@@ -1,4 +1,4 @@
-"""A job as the command line and the config ask for it: checked here, where that costs a second and not an hour in a queue."""
+"""A job as the command line and the config ask for it, checked here: it costs a second, and no hour in a queue."""
 
 # ruff: noqa: INP001 - launch is a folder of commands, not a package of the library
 from __future__ import annotations
@@ -15,7 +15,7 @@ from loader.errors import ConfigError
 from loader.store.secrets import Secrets
 
 POD_NAME = 63
-"""Characters that a pod's name may have, for it is a host name too (a label of RFC 1035); JobSet refuses longer ones."""
+"""Characters that a pod's name may have, for it is a host name too, a label of RFC 1035: JobSet refuses more."""
 
 CPUS_PER_RANK = 4
 """Cores that a pod asks for where nothing is said: a rank's own, and some for its reading and its trainer's data."""

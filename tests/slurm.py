@@ -59,9 +59,7 @@ class Slurm:
 
     def tell(self, *command: str) -> str:
         """What one of Slurm's commands prints. Raises CalledProcessError."""
-        return subprocess.run(
-            command, check=True, env=self.environ, capture_output=True, text=True, timeout=30
-        ).stdout
+        return subprocess.run(command, check=True, env=self.environ, capture_output=True, text=True, timeout=30).stdout
 
     def submit(self, script: Path, *, cwd: Path, env: Mapping[str, str]) -> str:
         """Submit `script` from `cwd`, where its log will be job.log, and return the job's number."""
@@ -108,9 +106,8 @@ def slurm(directory: Path, nodes: int) -> Iterator[Slurm]:
             logs = [directory / f"daemon-{number}.log" for number in range(len(daemons))]
             for command, log in zip(daemons, logs, strict=True):
                 out = stack.enter_context(log.open("w"))
-                subprocess.Popen(
-                    command, env=cluster.environ, stdin=subprocess.DEVNULL, stdout=out, stderr=out, preexec_fn=die_with_parent
-                )
+                options = {"stdin": subprocess.DEVNULL, "stdout": out, "stderr": out}
+                subprocess.Popen(command, env=cluster.environ, preexec_fn=die_with_parent, **options)  # noqa: PLW1509
             _wait_until_idle(cluster, logs)
             yield cluster
     finally:

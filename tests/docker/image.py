@@ -1,7 +1,7 @@
 """The Dockerfile's steps without a Docker engine: each is run as it is written, where the image would run it.
 
-A mount namespace stands for the image's file system: /srv, /home and /etc are directories of the test's own, /usr/local is
-the Python that runs the tests (as in the base image), and the rest is this machine's. So what is not shown is the base.
+A mount namespace stands for the image's file system: /srv, /home and /etc are directories of the test's own, /usr/local
+has the Python that runs the tests (as in the base image), the rest is this machine's. What is not shown is the base.
 """
 
 from __future__ import annotations

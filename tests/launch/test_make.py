@@ -44,7 +44,7 @@ POD = [*ONE, "--image=loader", "--memory-gib=64"]
         ("kubernetes", [*ONE, "--image=loader"], "--memory-gib: is missing"),
         ("kubernetes", [*POD, "--shm-gib=64"], "less than all of it, found 64 of 64 GiB"),
         ("kubernetes", [*POD, f"--name={'a' * 60}"], "12 characters too long"),
-        ("kubernetes", [*POD, "output.checkpoint=/data/dcp"], "output.checkpoint: /data/dcp would be in the file system"),
+        ("kubernetes", [*POD, "output.checkpoint=/data/dcp"], "output.checkpoint: /data/dcp would be in the file"),
         ("kubernetes", [*POD, "source.storage_options={key: me, secret: hush-hush}"], "--secret"),
         ("laptop", [*ONE, "source.uri=https://me:hush-hush@host/model"], "source: holds credentials"),
     ],
@@ -58,7 +58,7 @@ def test_what_cannot_work_is_refused_with_the_remedy(form, arguments, words, ref
 def test_a_file_that_someone_may_have_changed_is_kept(make, refused, tmp_path):
     script, _ = make("slurm", *ONE)
     script.write_text("changed")
-    with pytest.raises(AssertionError, match="job.sbatch is there already: remove it, or name another directory"):
+    with pytest.raises(AssertionError, match=r"job\.sbatch is there already: remove it, or name another directory"):
         make("slurm", *ONE)
     assert script.read_text() == "changed"
 

@@ -15,7 +15,7 @@ def cluster(tmp_path_factory):
         yield one
 
 
-def test_the_init_step_then_training_in_one_allocation(cluster, checkpoint, s3, environ, make, train, trained, tmp_path):
+def test_init_step_then_training_in_one_allocation(cluster, checkpoint, s3, environ, make, train, trained, tmp_path):
     script, _ = make(*TWO_BY_TWO, *train(s3.put(checkpoint)))
     job = cluster.submit(script, cwd=tmp_path, env=environ)
     code, log = cluster.code(job), (tmp_path / "job.log").read_text()
@@ -35,7 +35,7 @@ def test_after_an_init_step_that_failed_no_training_starts(cluster, s3, environ,
 
 
 def test_after_sigterm_every_rank_has_time(cluster, checkpoint, s3, environ, make, tmp_path):
-    """As `--signal` has Slurm send it before the time is up: to the ranks, of which one node's end before the other's."""
+    """As `--signal` has Slurm send it before the time is up: to the ranks, of which one node's end first."""
     entrypoint = "output.entrypoint=tests.launch.entrypoints:until_sigterm"
     script, _ = make(*TWO_BY_TWO, f"source.uri={s3.put(checkpoint)}", entrypoint)
     job = cluster.submit(script, cwd=tmp_path, env=environ)

@@ -1,4 +1,4 @@
-"""A training command: reads the checkpoint that the init step left, with torch's own `dcp.load`, and looks for what is wrong."""
+"""A training command: reads what the init step left, with torch's own `dcp.load`, and tells what is wrong with it."""
 
 import os
 import sys
