@@ -1,8 +1,8 @@
 """The manifest that launch/make.py writes: held against Kubernetes' and JobSet's own schemas, and its commands run.
 
 No cluster runs here. The Job and the ConfigMap are held against Kubernetes' schemas (kubernetes-validate, strict: an
-unknown field is an error), JobSet's own fields against the models that Kubeflow generates from JobSet's Go types. What a
-kubelet would do with the pods' commands and environment is done here by hand.
+unknown field is an error), JobSet's own fields against the models that Kubeflow generates from JobSet's Go types. What
+a kubelet would do with the pods' commands and environment is done here by hand.
 """
 
 import copy
