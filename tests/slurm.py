@@ -43,7 +43,7 @@ MpiDefault=none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=batch_sched_delay=0,sched_min_interval=0
-KillWait=30
+KillWait=2
 FirstJobId={first}
 PartitionName=all Nodes=ALL Default=YES
 """

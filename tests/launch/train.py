@@ -10,6 +10,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 checkpoint, source, out = map(Path, sys.argv[1:])
+(out / "started").touch()
 dist.init_process_group("gloo")
 expected = load_file(source / "model.safetensors")
 found = {fqn: torch.zeros_like(tensor) for fqn, tensor in expected.items()}
