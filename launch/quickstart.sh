@@ -9,6 +9,7 @@ scratch=$(mktemp -d)
 cleanup() {
     local running
     running=$(jobs -pr)
+    # shellcheck disable=SC2086 # several numbers
     [[ -z $running ]] || kill $running || true
     wait
     rm -rf "$scratch"
@@ -39,6 +40,7 @@ until [[ -f $scratch/env ]]; do
     kill -0 $server 2>/dev/null || { echo "the S3 server did not start" >&2; exit 1; }
     sleep 0.1
 done
+# shellcheck source=/dev/null
 . "$scratch/env" # AWS_ENDPOINT_URL and credentials: what any S3 client reads
 export OMP_NUM_THREADS=1 # torchrun's own choice, without the warning
 

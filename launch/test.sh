@@ -16,6 +16,8 @@ step ruff check .
 step ruff format --check .
 step mypy
 step lint-imports
+step shellcheck launch/*.sh .ci/run
+step hadolint docker/Dockerfile
 step launch/quickstart.sh
 # A file's tests stay together, for they share servers; more workers than that only compete for ports and memory.
 step pytest -n auto --maxprocesses 8 --dist loadfile "$@"

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the scripts beside it: `install` makes .venv with all that the loader and its tests need, once for each change of
 # what is to be installed. PYTHON names the interpreter to make it with.
 
