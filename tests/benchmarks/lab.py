@@ -1,6 +1,6 @@
 """Contenders on several hosts with slow links, on one machine: there the network is the bottleneck, as in a cluster.
 
-    python tests/benchmarks/lab.py [--scenario hsdp4 …] [--contenders NAME …] [--repeats 3] [--size 112MiB]
+    python tests/benchmarks/lab.py [--scenario hsdp4 …] [--contenders NAME …] [--repeats 3] [--size 336MiB]
                                    [--bucket 50] [--peers 200] [--budget 64MiB]
 
 Hosts are network namespaces. Each has a link to the bucket and one to the other hosts (veth, held to a rate by tc tbf,
@@ -39,7 +39,7 @@ def main() -> int:
     parser.add_argument("--scenario", nargs="+", default=["hsdp4", "fsdp8", "tp4"], help="also: hsdp2, a small one")
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help="as in the table; default: all")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--size", default="112MiB", help="of the checkpoint, about")
+    parser.add_argument("--size", default="336MiB", help="of the checkpoint, about")
     parser.add_argument("--bucket", type=float, default=50, help="Mbit/s of a host's link to the bucket")
     parser.add_argument("--peers", type=float, default=200, help="Mbit/s of a host's link to the others")
     parser.add_argument("--budget", default="64MiB", help="memory for each rank above its shards")
