@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loader import errors
-    from loader.attach import attach
+    from loader.handover import attach
     from loader.library import fingerprint, iter_convert, load
     from loader.report import Report
 
 __all__ = ["Report", "attach", "errors", "fingerprint", "iter_convert", "load"]
 
 _HOMES = {
-    "attach": "loader.attach",
+    "attach": "loader.handover",
     "load": "loader.library",
     "fingerprint": "loader.library",
     "iter_convert": "loader.library",

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +56,47 @@ def build(hf_config: Any, mesh: DeviceMesh) -> nn.Module:
     for each in (model.up, model.down, model.few, model):
         fully_shard(each, mesh=mesh[data])
     return model
+
+
+def plain(hf_config: Any, mesh: DeviceMesh) -> nn.Module:
+    """64 MiB on meta, without a mesh."""
+    with torch.device("meta"):
+        return nn.Linear(4096, 4096, bias=False)
+
+
+def two(hf_config: Any, mesh: DeviceMesh) -> nn.Module:
+    with torch.device("meta"):
+        return nn.ModuleDict({"big": nn.Linear(256, 256, bias=False), "small": nn.Linear(4, 4, bias=False)})
+
+
+def wide(hf_config: Any, mesh: DeviceMesh) -> nn.Module:
+    """1 MiB over the mesh's ranks."""
+    with torch.device("meta"):
+        model = nn.Linear(512, 512, bias=False)
+    return fully_shard(model, mesh=mesh)
+
+
+def full_disk(hf_config: Any, mesh: DeviceMesh) -> nn.Module:
+    """As `wide`; rank 2 cannot write as much as its part."""
+    if mesh.get_rank() == 2:
+        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (128 << 10, most))
+    return wide(hf_config, mesh)
+
+
+def killed(hf_config: Any, mesh: DeviceMesh) -> nn.Module:
+    """As `wide`; rank 2 is killed while it writes to the directory LOCAL: nobody reads from its pipe."""
+    if mesh.get_rank() == 2:
+        os.mkfifo(f"{os.environ['LOCAL']}/rank-00002.bin")
+        threading.Thread(target=_kill_when_writing, daemon=True).start()
+    return wide(hf_config, mesh)
+
+
+def _kill_when_writing() -> None:
+    main = threading.main_thread().ident
+    while "save" not in {frame.name for frame in traceback.extract_stack(sys._current_frames()[main])}:
+        time.sleep(0.05)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def write_checkpoint(directory: Path) -> dict[str, Tensor]:

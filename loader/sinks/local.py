@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 from collections import Counter
@@ -119,7 +120,8 @@ def _write(file: BinaryIO, local: Tensor, go_on: Callable[[], None]) -> None:
             if staging is None:
                 staging = torch.empty(min(PIECE_BYTES, local.nbytes), dtype=torch.uint8, pin_memory=True)
             piece = staging[: piece.numel()].copy_(piece)
-        file.write(piece.numpy().data)
+        # Not through numpy: a storage that it has seen cannot be given back.
+        file.write((ctypes.c_uint8 * piece.numel()).from_address(piece.data_ptr()))
     file.write(bytes(_padded(local.nbytes) - local.nbytes))
 
 
