@@ -17,14 +17,16 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.tensor import DTensor
 from torch.futures import Future
 
 from loader.config import Read
 from loader.convert.graph import Node
 from loader.convert.lazy import Convert
+from loader.errors import BuilderError
 from loader.exchange.control import Control
 from loader.job import Job, conversion_of
-from loader.place.targets import Target
+from loader.place.targets import Target, targets_of
 from loader.plan.geometry import Box
 
 
@@ -39,7 +41,8 @@ class StorageReader(storage.StorageReader):
 
     With `read.share: world` each byte that DCP's plan asks for leaves the bucket once over all ranks: what several read
     items need is read by one rank, and sent. `dcp.load` with a group that is not the default one is not supported; with
-    its `no_dist=True` give that here as well: then each process reads for itself.
+    its `no_dist=True` give that here as well: then each process reads for itself. A shard of several boxes, which DCP
+    takes for one, is a BuilderError.
 
     Errors are those of `loader.errors`, the same on every rank, wrapped in DCP's own: of the catalog in words, within
     the message of its AssertionError, of a read as they are, in `CheckpointException.failures`. DCP then meets in a
@@ -103,6 +106,7 @@ class StorageReader(storage.StorageReader):
         assert job is not None, "DCP reads the metadata first"
         with self._control() as control:
             with control.phase("items"):
+                _check_shards(getattr(planner, "state_dict", {}))
                 found = [(item, planner.resolve_tensor(item).detach()) for item in plan.items]
                 targets = [_target(item, tensor, job.outputs) for item, tensor in found if tensor.numel()]
             job.fill(targets, (), control, show=False)
@@ -121,6 +125,17 @@ class StorageReader(storage.StorageReader):
 
     def _control(self) -> Control:
         return Control(None, 0, 1) if self._no_dist else Control.of_group()
+
+
+def _check_shards(state_dict: Mapping[str, Any]) -> None:
+    """Raise BuilderError for a shard of several boxes: of these, DCP's plan has one box of the same size, elsewhere."""
+    sharded = {fqn: tensor for fqn, tensor in state_dict.items() if isinstance(tensor, DTensor)}
+    for target in targets_of(sharded):
+        if len(target.boxes) > 1:
+            raise BuilderError(
+                f"{target.fqn}: this rank's shard is {len(target.boxes)} boxes of the tensor, under placements "
+                f"{sharded[target.fqn].placements}, and torch.distributed.checkpoint would read one: use loader.load"
+            )
 
 
 def _described(node: Node, dtype: torch.dtype) -> TensorStorageMetadata:

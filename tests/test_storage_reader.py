@@ -156,6 +156,16 @@ def test_a_tied_model_of_transformers(tmp_path):
     assert run_ranks(WORLD, _load_llama, str(directory)) == [[]] * WORLD
 
 
+class Copying(DefaultLoadPlanner):
+    """Has what it asks for elsewhere first, and takes it when it is told that it is there."""
+
+    def resolve_tensor(self, read_item):
+        return torch.zeros_like(super().resolve_tensor(read_item))
+
+    def commit_tensor(self, read_item, tensor):
+        super().resolve_tensor(read_item).copy_(tensor)
+
+
 def _load_alone(directory: str) -> bool:
     state = {"steps": torch.zeros((), dtype=torch.int64), "odd.weight": torch.zeros(13, 8), "theirs": torch.ones(2)}
     expected = dict(state, theirs=torch.ones(2))
@@ -163,7 +173,7 @@ def _load_alone(directory: str) -> bool:
         (state, loader.StorageReader(directory, no_dist=True)),
         (expected, HuggingFaceStorageReader(directory)),
     ):
-        planner = DefaultLoadPlanner(allow_partial_load=True)
+        planner = Copying(allow_partial_load=True)
         dcp.load(found, storage_reader=reader, planner=planner, no_dist=True)
     return all(same_bits(state[key], expected[key]) for key in state)
 
@@ -213,6 +223,19 @@ def test_a_key_that_is_not_there_and_a_place_that_is_not(bucket):
     for message, _ in run_ranks(WORLD, _fails, f"{uri}/nowhere", options, {}):
         assert "nowhere" in message
         assert "metadata read failed" in message
+
+
+def _load_strided(directory: str) -> str:
+    mesh = init_device_mesh("cpu", (WORLD,))
+    state = {"odd.weight": shard(torch.zeros(13, 8), mesh, [_StridedShard(0, split_factor=2)])}
+    with pytest.raises(CheckpointException) as raised:
+        dcp.load(state, storage_reader=loader.StorageReader(directory))
+    return str(raised.value)
+
+
+def test_a_shard_that_dcp_takes_for_another_is_refused(directory):
+    for message in run_ranks(WORLD, _load_strided, str(directory)):
+        assert "BuilderError: odd.weight: this rank's shard is 2 boxes of the tensor" in message
 
 
 def test_arguments_are_checked_at_once():
