@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -74,6 +74,12 @@ def wide(hf_config: Any, mesh: DeviceMesh) -> nn.Module:
     with torch.device("meta"):
         model = nn.Linear(512, 512, bias=False)
     return fully_shard(model, mesh=mesh)
+
+
+def there(model: nn.Module, mesh: DeviceMesh, report: Any) -> int:
+    """An entrypoint: 0 where a model of `wide` is what the checkpoint holds."""
+    expected = load_file(Path(report.source.uri, "model.safetensors"))["weight"]
+    return 0 if torch.equal(model.weight.full_tensor(), expected) else 7
 
 
 def full_disk(hf_config: Any, mesh: DeviceMesh) -> nn.Module:

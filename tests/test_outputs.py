@@ -82,7 +82,8 @@ def test_complete_shards_are_refused_used_or_replaced(tmp_path, arguments):
     assert [outcome.value for outcome in used] == [0] * RANKS
     assert "holds complete shards: used as they are" in used[0].output
     assert found_in(directory) == first
-    assert [outcome.value for outcome in run(arguments, "output.if_exists=overwrite")] == [0] * RANKS
+    again = run(arguments, "output.if_exists=overwrite", "output.entrypoint=tests.local_models:there")
+    assert [outcome.value for outcome in again] == [0] * RANKS, "an entrypoint gets the model as well"
     second = found_in(directory)
     assert second.run != first.run
     (directory / "complete.json").unlink()
