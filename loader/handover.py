@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from loader.config import Proof
 from loader.errors import BuilderError, CatalogError, ConfigError, CoverageError, FingerprintError
 from loader.exchange.control import Control
 from loader.place.layout import layout_of, with_local
@@ -52,7 +51,8 @@ def attach(
     directory = str(directory)
     with Control.of_group() as control:
         with control.phase("manifest"):
-            Proof(verify=verify)
+            if verify not in {None, "fingerprint"}:
+                raise ConfigError(f'verify: should be "fingerprint" or None, found {verify!r}: nothing is read here')
             manifest = read_manifest(directory, control.rank, control.world_size)
             if not alike_on_all_ranks(control, "run", manifest.run):
                 raise CatalogError(

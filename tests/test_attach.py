@@ -282,6 +282,8 @@ def test_another_world_size_and_a_fingerprint_that_nobody_made(tmp_path, source)
     (told,) = set(run_ranks(2, _attach_told, {"dp_shard": 2}, directory, {"verify": "fingerprint"}))
     assert told[0] == "ConfigError"
     assert "has no fingerprint to be compared with: set verify to fingerprint" in told[1]
+    (told,) = set(run_ranks(2, _attach_told, {"dp_shard": 2}, directory, {"verify": "checksum"}))
+    assert told == ("ConfigError", "verify: should be \"fingerprint\" or None, found 'checksum': nothing is read here")
 
 
 def test_a_replica_that_differs_is_named(tmp_path, source):

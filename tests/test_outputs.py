@@ -125,6 +125,15 @@ def test_shards_that_not_every_node_has_are_made_again(tmp_path, arguments):
     assert found_in(first).run == found_in(second).run != before.run
 
 
+def test_two_nodes_may_share_a_directory(tmp_path, arguments):
+    assert run_ranks(RANKS, main, arguments, nodes=2, init=False) == [0] * RANKS
+    assert found_in(tmp_path / "init").names == COMPLETE
+    outcomes = run_ranks(RANKS, main, [*arguments, "model.builder=tests.local_models:full_disk",
+        "output.if_exists=overwrite"], nodes=2, init=False, outcomes=True)  # fmt: skip
+    assert "SinkError" in errors(outcomes)[0]
+    assert names_in(tmp_path) == ["cfg.yaml"]
+
+
 def test_of_two_outputs_only_what_is_missing_is_written(tmp_path, arguments):
     both = (f"output.checkpoint={tmp_path}/dcp", "output.if_exists=use")
     assert [outcome.value for outcome in run(arguments, *both)] == [0] * RANKS
