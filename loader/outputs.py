@@ -126,7 +126,7 @@ class Outputs:
             )
         with control.phase("complete"):
             if self._first_of_node:
-                local.finish(path, run, control.world_size)
+                local.finish(path, run, rank=control.rank, world_size=control.world_size)
         with control.phase("finish"):
             if self._first_of_node:
                 directory.finish(path, directory.SHARDS)

@@ -32,7 +32,9 @@ class Kind(NamedTuple):
 
 
 CHECKPOINT = Kind("output.checkpoint", "checkpoint", ".metadata", re.compile(r"__\d+(_\d+)+\.distcp|\.metadata\.tmp"))
-SHARDS = Kind("output.local", "set of shards", "complete.json", re.compile(r"rank-\d+\.(bin|json)|complete\.json\.tmp"))
+SHARDS = Kind(
+    "output.local", "set of shards", "complete.json", re.compile(r"rank-\d+\.(bin|json)|complete\.json\.\d+\.tmp")
+)
 
 _BUCKETS = frozenset({"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oci", "oss", "hf"})
 _FINAL = (FileNotFoundError, PermissionError, NotADirectoryError, ValueError, ImportError)

@@ -85,12 +85,12 @@ def save(
         raise SinkError(f"output.local: {path} cannot be written: {type(error).__name__}: {error}") from error
 
 
-def finish(directory: str, run: str, world_size: int) -> None:
+def finish(directory: str, run: str, *, rank: int, world_size: int) -> None:
     """Say that the shards are complete, for one rank of each node, once all ranks of the job have saved. Raises
     SinkError. `directory.finish` is to be called when that was said on every node."""
     path = complete_path(directory)
     try:
-        unfinished = path.with_suffix(".json.tmp")
+        unfinished = path.with_suffix(f".json.{rank}.tmp")  # nodes may share the directory
         _put(unfinished, Complete(run=run, world_size=world_size).model_dump_json().encode())
         unfinished.replace(path)
     except OSError as error:
