@@ -162,7 +162,7 @@ class Job:
 
     def fit(self, tensors: Mapping[tuple[str, ...], tuple[int, ...]], wishes: Wishes | None) -> Fitted:
         """The outputs, fitted to a model's tensors: by all the FQNs of each its shape."""
-        return fit(self.outputs, tensors, wishes or Wishes(Vocabulary(size=self.vocab_size())), self._declared_ties)
+        return fit(self.outputs, tensors, wishes or Wishes(Vocabulary(size=self.vocab_size())), self.declared_ties)
 
     def fill(self, targets: Sequence[Target], wanted: Collection[int], control: Control, *, show: bool) -> Loaded:
         """Fill `targets` alone, for the ranks of `control`; the keys of these numbers must be used."""
@@ -203,7 +203,8 @@ class Job:
         fields = self.source.hf_config
         return config_of(unquantised(fields) if self._dequantizes else fields)
 
-    def _declared_ties(self) -> Mapping[str, str]:
+    def declared_ties(self) -> Mapping[str, str]:
+        """What the checkpoint's class and config tie: FQN to FQN."""
         from loader.convert.named.transformers import declared_ties  # takes seconds to import
 
         return {} if self.source.hf_config is None else declared_ties(self.hf_config())

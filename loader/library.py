@@ -17,6 +17,7 @@ from loader.convert.graph import Node, seen_in
 from loader.convert.lazy import Convert
 from loader.exchange.control import Control
 from loader.job import Job, conversion_of
+from loader.place.layout import mesh_dims
 from loader.place.targets import targets_of, tensors_of_module
 from loader.report import Report
 from loader.stream.buffers import own_memory
@@ -153,5 +154,4 @@ def _mesh_of(target: nn.Module | Mapping[str, Tensor]) -> dict[str, int]:
     if not meshes or not dist.is_initialized():
         return {}
     largest = max(meshes.values(), key=lambda mesh: mesh.size())
-    names = largest.mesh_dim_names or tuple(f"dim_{i}" for i in range(largest.ndim))
-    return dict(zip(names, largest.shape, strict=True))
+    return mesh_dims(largest)

@@ -48,6 +48,15 @@ def _at_least(least: str) -> AfterValidator:
     return AfterValidator(check)
 
 
+def _directory(path: str) -> str:
+    if "://" in path:
+        raise ConfigError(
+            f"should be a directory of the node, such as /dev/shm/init, found {public_uri(path)}: shards are mapped "
+            "into memory where they are; for a bucket, set output.checkpoint"
+        )
+    return path
+
+
 class Source(Section):
     """Where the checkpoint is and which of its keys count."""
 
@@ -178,6 +187,9 @@ class Output(Section):
     )
     checkpoint: Text | None = Field(
         default=None, description="a torch.distributed.checkpoint directory, any fsspec URL"
+    )
+    local: Annotated[Text, AfterValidator(_directory)] | None = Field(
+        default=None, description="a directory of each node, for its ranks' shards: loader.attach maps them"
     )
     if_exists: Literal["error", "use", "overwrite"] = Field(
         default="error", description="what a complete checkpoint at the output means"

@@ -6,7 +6,7 @@ buffers (rotary `inv_freq`) are in no checkpoint: whoever made the module must f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -16,15 +16,22 @@ from loader.place.targets import clean_fqn
 from loader.place.user_code import told
 
 
-def materialise(module: nn.Module, device: torch.device | str) -> None:
+def materialise(
+    module: nn.Module,
+    device: torch.device | str,
+    give: Callable[[torch.Tensor], torch.Tensor | None] = lambda _: None,
+) -> None:
     """Give what is on meta memory on `device`; what has memory stays where it is.
+
+    `give` may have something to put in a tensor's place, of the same kind and sizes; where it has None, the memory is
+    new and empty.
 
     Parameters keep their identity, and so their ties and FSDP2's hold on them. Non-persistent buffers that were on meta
     are filled by transformers' own initialisation, or else by the module's `init_buffers(device)`. Raises
     BuilderError, naming the buffers, where nobody fills them.
     """
     wanting = {name for name, buffer in _non_persistent_buffers(module) if buffer.is_meta}
-    _allocate(module, torch.device(device))
+    _allocate(module, torch.device(device), give)
     for name, buffer in _non_persistent_buffers(module):
         if name in wanting and (mark := mark_of(buffer.dtype)) is not None:
             buffer.fill_(mark)
@@ -47,14 +54,15 @@ def assert_materialised(module: nn.Module) -> None:
         raise BuilderError(f"still on the meta device, so never given a value: {', '.join(left)}")
 
 
-def _allocate(module: nn.Module, device: torch.device) -> None:
+def _allocate(module: nn.Module, device: torch.device, give: Callable[[torch.Tensor], torch.Tensor | None]) -> None:
     buffers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # the old one is kept so that its id stays its own
 
     def allocate(tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_meta:
             return tensor
-        empty = torch.empty_like(tensor, device=device)
-        return empty if isinstance(tensor, nn.Parameter) else buffers.setdefault(id(tensor), (tensor, empty))[1]
+        given = give(tensor)
+        made = torch.empty_like(tensor, device=device) if given is None else given
+        return made if isinstance(tensor, nn.Parameter) else buffers.setdefault(id(tensor), (tensor, made))[1]
 
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)  # else plain parameters are replaced, which unties them

@@ -60,7 +60,7 @@ def targets_of(target: nn.Module | Mapping[str, torch.Tensor]) -> list[Target]:
     Tensors that share their memory are one target with all their names. A plain tensor is replicated: one box. Raises
     BuilderError, naming the FQN, for what cannot be filled: what `held_in` refuses, and what is on meta or Partial.
     """
-    return [_target(held) for held in held_in(target)]
+    return [target_of(held) for held in held_in(target)]
 
 
 def held_in(target: nn.Module | Mapping[str, torch.Tensor]) -> list[Held]:
@@ -110,7 +110,8 @@ def _local_tensor(fqn: str, tensor: torch.Tensor) -> torch.Tensor:
     return local
 
 
-def _target(held: Held) -> Target:
+def target_of(held: Held) -> Target:
+    """`held` as a target. Raises BuilderError for what is on meta or Partial."""
     fqn, tensor = held.names[0], held.tensor
     if held.local.is_meta:
         raise BuilderError(f"{fqn} is on the meta device: give it memory first, as with `model.to_empty(device=...)`")

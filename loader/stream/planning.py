@@ -69,6 +69,16 @@ def on_any_rank(control: Control, fact: str, holds: bool) -> bool:
     return bool(unpack(control.broadcast(f"{fact} on any rank", found)))
 
 
+def alike_on_all_ranks(control: Control, name: str, value: str | None) -> bool:
+    """Whether every rank has one and the same `value`, and not None. Every rank asks once, within a phase."""
+    control.put(name, pack(value))
+    told = b""
+    if control.rank == 0:
+        values = set(map(unpack, control.take(name, range(control.world_size))))
+        told = pack(len(values) == 1 and None not in values)
+    return bool(unpack(control.broadcast(f"{name} on all ranks", told)))
+
+
 def agree_on_plan(
     control: Control,
     demand: Demand,

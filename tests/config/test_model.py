@@ -74,4 +74,4 @@ def test_the_sections_are_those_of_the_contract():
     assert keys(Source) == ["uri", "storage_options", "ignore", "strip_prefix", "revision"]
     model = ["builder", "dtype", "dtype_rules", "device", "vocabulary", "initialise", "dequantize"]
     assert keys(Model) == model
-    assert keys(Output) == ["entrypoint", "checkpoint", "if_exists"]
+    assert keys(Output) == ["entrypoint", "checkpoint", "local", "if_exists"]

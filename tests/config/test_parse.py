@@ -126,7 +126,10 @@ def test_anchors_and_merges_are_plain_yaml(load, refusal):
     [
         ("read:\n  memroy_budget: 1GiB", "cfg.yaml:3: read.memroy_budget: unknown key; did you mean 'memory_budget'?"),
         ("memory_budget: 1GiB", "cfg.yaml:2: memory_budget: unknown key; did you mean 'read.memory_budget'?"),
-        ("output: {qqq: 1}", "cfg.yaml:2: output.qqq: unknown key; known here: entrypoint, checkpoint, if_exists"),
+        (
+            "output: {qqq: 1}",
+            "cfg.yaml:2: output.qqq: unknown key; known here: entrypoint, checkpoint, local, if_exists",
+        ),
         ("read:\n\n  share: nodes", "cfg.yaml:4: read.share: should be 'world', 'node' or 'none', found \"nodes\""),
         ("read: {concurrency: true}", "cfg.yaml:2: read.concurrency: should be a whole number, found true"),
         ("read: {concurrency: 1.5}", "cfg.yaml:2: read.concurrency: should be a whole number, found 1.5"),

@@ -14,8 +14,9 @@ from loader.convert.named import olmo_core, torchtitan
 from loader.init_from_hf import main
 from loader.place.targets import tensors_of_module
 from loader.place.transformers_builder import config_of
-from tests.checkpoints import same_bits
+from tests.checkpoints import same_bits, tiny_llama
 from tests.ranks import run_ranks
+from tests.torchrun import torchrun
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -25,7 +26,15 @@ def load(name: str, *overrides: str) -> Config:
 
 
 def test_each_file_has_a_test_here():
-    tested = {"llama-fsdp", "llama-hsdp-two-nodes", "tp-fsdp", "convert-to-dcp", "olmo-core", "torchtitan"}
+    tested = {
+        "llama-fsdp",
+        "llama-hsdp-two-nodes",
+        "tp-fsdp",
+        "convert-to-dcp",
+        "olmo-core",
+        "torchtitan",
+        "llama-local",
+    }
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == tested
 
 
@@ -35,6 +44,7 @@ def test_each_file_has_a_test_here():
         ("llama-fsdp", 8, {"dp_shard": 8}),
         ("llama-hsdp-two-nodes", 16, {"dp_replicate": 2, "dp_shard": 8}),
         ("tp-fsdp", 32, {"dp_shard": 4, "tp": 8}),
+        ("llama-local", 8, {"dp_shard": 8}),
         ("convert-to-dcp", 4, {"dp_shard": 4}),
         ("olmo-core", 8, {"dp_shard": 8}),
         ("torchtitan", 8, {"dp_shard": 8}),
@@ -110,3 +120,21 @@ def test_the_trainers_models_are_filled(name, tmp_path):
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     outcomes = run_ranks(2, run, name, str(tmp_path), init=False, outcomes=True)
     assert [outcome.value for outcome in outcomes] == [0, 0], outcomes
+
+
+def test_a_trainer_of_its_own_takes_over(tmp_path):
+    """Both commands of llama-local.yaml as it shows them, with a source and a directory of ours."""
+    llama = tiny_llama(tmp_path / "llama", dtype=torch.bfloat16)
+    init, overrides = tmp_path / "init", [f"source.uri={llama}", f"output.local={tmp_path}/init", "report=null"]
+    done = torchrun(2, ["-m", "loader.init_from_hf", "--config", CONFIGS / "llama-local.yaml", *overrides])
+    assert done.returncode == 0, done.stderr
+    assert (init / "complete.json").exists()
+    trained = torchrun(2, [CONFIGS / "train_local.py", init])
+    assert trained.returncode == 0, trained.stderr
+    losses = [float(line.split()[-1]) for line in trained.stdout.splitlines() if line.startswith("step ")]
+    assert len(losses) == 3
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, (1, 32))
+    assert abs(losses[0] - model(input_ids=tokens, labels=tokens).loss.item()) < 0.01
+    assert not init.exists()

@@ -125,3 +125,20 @@ def test_a_store_that_does_not_answer_is_no_user_error(s3, monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(SinkError, match="cannot be used"):
         directory.exists("s3://loader/a")
+
+
+def test_what_is_of_another_kind_is_neither_taken_nor_removed(url: str):
+    put(url, *COMPLETE)
+    assert directory.exists(url, directory.SHARDS) == "absent"
+    with pytest.raises(ConfigError, match=r"output.local: .* holds other files .* and no set of shards"):
+        directory.prepare(url, "overwrite", directory.SHARDS)
+    directory.discard(url, directory.SHARDS)
+    assert names(url) == COMPLETE
+
+
+def test_of_shards_nothing_is_left_but_what_is_not_ours(url: str):
+    put(url, "complete.json", "complete.json.4.tmp", "rank-00000.bin", "rank-00000.json", "config.json", "notes.txt")
+    assert directory.exists(url, directory.SHARDS) == "complete"
+    put(url, directory.MARKER)  # as `local.remove` does
+    directory.discard(url, directory.SHARDS)
+    assert names(url) == ["notes.txt"]
