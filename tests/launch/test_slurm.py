@@ -6,6 +6,7 @@ import pytest
 
 from tests.slurm import slurm
 
+pytestmark = pytest.mark.timeout(240)  # the waits in here end sooner, with the job's log
 TWO_BY_TWO = ("slurm", "--nodes=2", "--ranks-per-node=2")
 
 
