@@ -69,7 +69,7 @@ class Slurm:
         self._jobs.append(subprocess.check_output(command, cwd=cwd, env=environ, text=True, timeout=30).strip())
         return self._jobs[-1]
 
-    def code(self, job: str, timeout: float = 100) -> int:
+    def code(self, job: str, timeout: float = 180) -> int:
         """Wait for the job's end, and return its exit code: 128 + n where signal n ended it."""
         deadline = time.monotonic() + timeout
         while True:
