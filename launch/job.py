@@ -65,7 +65,7 @@ def job_of(given: argparse.Namespace) -> Job:
         name=given.name,
         nodes=given.nodes,
         ranks=given.ranks_per_node,
-        gpus=0 if config.model.device == "cpu" else given.ranks_per_node,
+        gpus=given.ranks_per_node if given.gpus_per_node is None else given.gpus_per_node,
         config=text.rstrip() + "\n",
         overrides=given.overrides,
         train=train,
@@ -77,6 +77,8 @@ def _check_form(given: argparse.Namespace) -> None:
     """That nothing is given which the form would not use, and nothing left out that it needs."""
     if given.form == "laptop" and given.nodes > 1:
         raise ConfigError(f"--nodes: a laptop is one node, found {given.nodes}: make slurm or kubernetes of it")
+    if given.form == "laptop" and given.gpus_per_node is not None:
+        raise ConfigError("--gpus-per-node: nobody gives GPUs out on a laptop: leave it out")
     if given.form == "kubernetes":
         missing = [name for name in ("image", "memory_gib") if getattr(given, name) is None]
         if missing:

@@ -82,9 +82,15 @@ def _write(out: Path, texts: Mapping[str, str]) -> None:
         raise ConfigError(f"--out: {out} cannot be written: {error.strerror}") from error
 
 
+def _number(text: str) -> int:
+    if not re.fullmatch("[0-9]+", text):
+        raise argparse.ArgumentTypeError(f"should be a whole number, found {text!r}")
+    return int(text)
+
+
 def _count(text: str) -> int:
-    if not re.fullmatch("[1-9][0-9]*", text):
-        raise argparse.ArgumentTypeError(f"should be a whole number, 1 or more, found {text!r}")
+    if not _number(text):
+        raise argparse.ArgumentTypeError(f"should be 1 or more, found {text}")
     return int(text)
 
 
@@ -105,7 +111,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", required=True, metavar="FILE", help="the init step's YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the file's keys")
     parser.add_argument("--out", required=True, metavar="DIR", help="where the files are made")
-    parser.add_argument("--ranks-per-node", required=True, type=_count, metavar="N", help="one for each GPU")
+    parser.add_argument("--ranks-per-node", required=True, type=_count, metavar="N", help="one for each GPU, if any")
+    parser.add_argument("--gpus-per-node", type=_number, metavar="N", help="to ask for; default: one for each rank")
     parser.add_argument("--nodes", default=1, type=_count, metavar="N", help="default: %(default)s")
     parser.add_argument("--name", default="train", type=_name, help="of the job; default: %(default)s")
     parser.add_argument(

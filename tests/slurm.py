@@ -55,6 +55,7 @@ class Slurm:
     def __init__(self, directory: Path, nodes: int) -> None:
         self.nodes = [f"127.0.0.{number}" for number in range(1, nodes + 1)]
         self._conf = str(directory / "slurm.conf")
+        self._jobs: list[str] = []
         self.environ = {**os.environ, "SLURM_CONF": self._conf}
 
     def tell(self, *command: str) -> str:
@@ -65,9 +66,10 @@ class Slurm:
         """Submit `script` from `cwd`, where its log will be job.log, and return the job's number."""
         environ = {**self.environ, **env}
         command = ["sbatch", "--parsable", "--output=job.log", str(script)]
-        return subprocess.check_output(command, cwd=cwd, env=environ, text=True, timeout=30).strip()
+        self._jobs.append(subprocess.check_output(command, cwd=cwd, env=environ, text=True, timeout=30).strip())
+        return self._jobs[-1]
 
-    def code(self, job: str, timeout: float = 100) -> int:
+    def code(self, job: str, timeout: float = 180) -> int:
         """Wait for the job's end, and return its exit code: 128 + n where signal n ended it."""
         deadline = time.monotonic() + timeout
         while True:
@@ -83,7 +85,8 @@ class Slurm:
         """Kill all that was started under this Slurm: daemons, their steps and the jobs' processes."""
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if process.environ().get("SLURM_CONF") == self._conf:
+                step = re.match(r"slurmstepd: \[(\d+)\.", " ".join(process.cmdline()))  # has no environment to look at
+                if (step and step[1] in self._jobs) or process.environ().get("SLURM_CONF") == self._conf:
                     process.kill()
                     process.wait(10)
 

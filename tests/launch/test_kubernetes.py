@@ -23,9 +23,9 @@ BUCKETS = ("source.uri=s3://models/llama", "output.checkpoint=s3://models/llama-
 SITUATIONS = {
     "an init step, then training": ("--nodes=2", "--train=torchrun train.py --say 'a: b'", *BUCKETS),
     "training in the init step": ("--nodes=4", BUCKETS[0], "output.entrypoint=train:main"),
-    "one node, no GPU": ("--train=torchrun train.py", "model.device=cpu", *BUCKETS),
+    "one node, no GPU": ("--train=torchrun train.py", "--gpus-per-node=0", *BUCKETS),
     "everything that can be given": (
-        *("--nodes=2", "--train=torchrun train.py", "model.device=cuda", "--name=llama-8b", "--train-image=trainer:1"),
+        *("--nodes=2", "--train=torchrun train.py", "--gpus-per-node=4", "--name=llama-8b", "--train-image=trainer:1"),
         *("--shm-gib=100", "--cpus=64", "--service-account=loader", "--secret=bucket-keys", *BUCKETS),
     ),
 }
@@ -42,7 +42,7 @@ def manifest(make):
 
 @pytest.fixture(params=SITUATIONS)
 def situation(request, manifest):
-    return manifest("model.device=auto", *SITUATIONS[request.param])
+    return manifest(*SITUATIONS[request.param])
 
 
 def check(jobset):
@@ -97,7 +97,7 @@ JOB = ("spec", "replicatedJobs", 0, "template", "spec")
     ],
 )
 def test_the_schemas_see_a_field_that_is_misspelt(path, manifest):
-    _, jobset = manifest("model.device=auto", *SITUATIONS["everything that can be given"])
+    _, jobset = manifest(*SITUATIONS["everything that can be given"])
     misspell(jobset, *path)
     with pytest.raises((ValidationError, kubernetes_validate.ValidationError, AssertionError)):
         check(jobset)
@@ -132,13 +132,13 @@ def test_what_was_given_is_where_it_belongs(manifest):
     assert (init["image"], train["image"]) == ("loader@sha256:0", "trainer:1")
     assert pod["serviceAccountName"] == "loader"
     assert init["envFrom"] == [{"secretRef": {"name": "bucket-keys"}}]
-    assert init["resources"]["limits"] == {"nvidia.com/gpu": 8, "memory": "512Gi"}
+    assert init["resources"]["limits"] == {"nvidia.com/gpu": 4, "memory": "512Gi"}
     assert init["resources"]["requests"] == {"cpu": 64, "memory": "512Gi"}
     assert pod["volumes"][1]["emptyDir"]["sizeLimit"] == "100Gi"
 
 
 def test_a_training_command_keeps_its_words(manifest):
-    _, jobset = manifest("model.device=auto", *SITUATIONS["an init step, then training"])
+    _, jobset = manifest(*SITUATIONS["an init step, then training"])
     assert pod_of(jobset)["containers"][0]["command"] == ["torchrun", "train.py", "--say", "a: b"]
 
 

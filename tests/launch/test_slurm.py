@@ -6,7 +6,8 @@ import pytest
 
 from tests.slurm import slurm
 
-TWO_BY_TWO = ("slurm", "--nodes=2", "--ranks-per-node=2")
+pytestmark = pytest.mark.timeout(240)  # the waits in here end sooner, with the job's log
+TWO_BY_TWO = ("slurm", "--nodes=2", "--ranks-per-node=2", "--gpus-per-node=0")
 
 
 @pytest.fixture(scope="module")
