@@ -17,6 +17,9 @@ from loader.store.secrets import Secrets
 POD_NAME = 63
 """Characters that a pod's name may have, for it is a host name too, a label of RFC 1035: JobSet refuses more."""
 
+SHARED = "/dev/shm"  # noqa: S108 - a pod's own
+"""Where a pod's containers see each other's files."""
+
 CPUS_PER_RANK = 4
 """Cores that a pod asks for where nothing is said: a rank's own, and some for its reading and its trainer's data."""
 
@@ -136,21 +139,29 @@ def command_words(command: str) -> list[str]:
 
 def _check_hand_over(config: Config, train: Sequence[str]) -> None:
     output = config.output
-    if train and output.checkpoint is None:
+    if train and output.checkpoint is None and output.local is None:
         raise ConfigError(
-            "--train: the init step would leave nothing for the command to read: set output.checkpoint; "
+            "--train: the init step would leave nothing for the command: set output.local or output.checkpoint; "
             "or leave --train out and set output.entrypoint, which trains in the init step's own processes"
         )
     if not train and output.checkpoint is None and output.entrypoint is None:
-        raise ConfigError("output: nothing would be left of the load: set output.entrypoint, or output.checkpoint")
+        raise ConfigError(
+            "output: nothing would be left of the load: set output.entrypoint or output.checkpoint, or give --train"
+        )
 
 
 def _check_seen_by_pods(config: Config) -> None:
-    checkpoint = config.output.checkpoint
+    """That the training container sees what the init container left: they share memory, and no disk."""
+    checkpoint, local = config.output.checkpoint, config.output.local
     if checkpoint is not None and "://" not in checkpoint:
         raise ConfigError(
             f"output.checkpoint: {checkpoint} would be in the file system of one container, and no other sees that: "
             "name a bucket"
+        )
+    if local is not None and Path(SHARED) not in Path(local).parents:
+        raise ConfigError(
+            f"output.local: {local} would be in the file system of one container, and no other sees that: "
+            f"name a directory in {SHARED}, which they share"
         )
 
 

@@ -6,7 +6,10 @@ a kubelet would do with the pods' commands and environment is done here by hand.
 """
 
 import copy
+import shutil
 import subprocess
+import uuid
+from pathlib import Path
 
 import kubernetes_validate
 import pytest
@@ -15,7 +18,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from launch.local_s3 import free_ports
-from tests.processes import kill_tree
+from tests.processes import ROOT, kill_tree
 
 VERSIONS = ("1.31", "1.37")  # podFailurePolicy is stable from 1.31 on
 POD = ("kubernetes", "--ranks-per-node=8", "--image=loader@sha256:0", "--memory-gib=512")
@@ -23,6 +26,7 @@ BUCKETS = ("source.uri=s3://models/llama", "output.checkpoint=s3://models/llama-
 SITUATIONS = {
     "an init step, then training": ("--nodes=2", "--train=torchrun train.py --say 'a: b'", *BUCKETS),
     "training in the init step": ("--nodes=4", BUCKETS[0], "output.entrypoint=train:main"),
+    "shards in memory": ("--nodes=2", "--train=torchrun train.py", BUCKETS[0], "output.local=/dev/shm/init"),
     "one node, no GPU": ("--train=torchrun train.py", "--gpus-per-node=0", *BUCKETS),
     "everything that can be given": (
         *("--nodes=2", "--train=torchrun train.py", "--gpus-per-node=4", "--name=llama-8b", "--train-image=trainer:1"),
@@ -151,26 +155,46 @@ def environ_of(container, index):
     }
 
 
-def test_the_containers_commands_load_and_train_rank_for_rank(manifest, checkpoint, environ, s3, tmp_path, trained):
-    """Each pod's containers one after the other, as a kubelet starts them; the config where they look for it."""
-    uri = s3.put(checkpoint)
+def test_the_containers_hand_the_shards_over_rank_for_rank(manifest, checkpoint, environ, s3, tmp_path):
+    """Each pod's containers one after the other, as a kubelet starts them; the config where they look for it.
+
+    Both pods are this machine, and share a directory, which holds a file for each rank.
+    """
+    shared = Path("/dev/shm", f"launch-{uuid.uuid4().hex}")
     config, jobset = manifest(
-        *("--nodes=2", f"source.uri={uri}", f"output.checkpoint=file://{tmp_path}/dcp", "--ranks-per-node=2"),
-        *("--train", f"torchrun {__file__.replace('test_kubernetes', 'train')} {tmp_path}/dcp {checkpoint} {tmp_path}"),
+        *("--config", str(ROOT / "configs/llama-local.yaml"), "--nodes=2", "--ranks-per-node=2"),
+        *(f"source.uri={s3.put(checkpoint)}", f"output.local={shared}", "read.memory_budget=64MiB"),
+        *("--train", f"torchrun {ROOT}/configs/train_local.py {shared}"),
     )
-    mounted = tmp_path / "cfg.yaml"
-    mounted.write_text(config["data"]["cfg.yaml"])
+    (tmp_path / "cfg.yaml").write_text(config["data"]["cfg.yaml"])
     pod = pod_of(jobset)
-    for container in [*pod["initContainers"], *pod["containers"]]:
-        here = {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(free_ports(1)[0])}
-        command = [str(mounted) if word == "/etc/loader/cfg.yaml" else word for word in container["command"]]
-        pods = [
-            subprocess.Popen(command, cwd=tmp_path, env={**environ, **environ_of(container, index), **here})
-            for index in range(2)
-        ]
-        try:
-            assert [process.wait(100) for process in pods] == [0, 0]
-        finally:
-            for process in pods:
-                kill_tree(process.pid)
-    assert trained() == {(0, 0, 0): "[]", (1, 0, 1): "[]", (2, 1, 0): "[]", (3, 1, 1): "[]"}
+    try:
+        for container in [*pod["initContainers"], *pod["containers"]]:
+            start_and_wait(container, tmp_path, environ)
+            told = (tmp_path / f"{container['name']}-0").read_text()
+        assert "step 2 loss" in told  # after it had compared the fingerprint
+        assert not shared.exists()
+    finally:
+        shutil.rmtree(shared, ignore_errors=True)
+
+
+def start_and_wait(container, directory, environ):
+    """Start `container` of both pods, where the config lies in `directory`, as does what they print; both end well."""
+    here = {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(free_ports(1)[0])}
+    command = [str(directory / "cfg.yaml") if word == "/etc/loader/cfg.yaml" else word for word in container["command"]]
+    logs = [directory / f"{container['name']}-{index}" for index in range(2)]
+    pods = [
+        subprocess.Popen(
+            command,
+            cwd=directory,
+            env={**environ, **environ_of(container, index), **here},
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+        )
+        for index, log in enumerate(logs)
+    ]
+    try:
+        assert [process.wait(100) for process in pods] == [0, 0], "".join(log.read_text() for log in logs)
+    finally:
+        for process in pods:
+            kill_tree(process.pid)
