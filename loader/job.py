@@ -51,8 +51,9 @@ class Job:
         control: Control,
         *,
         checksums: bool = False,
+        code: bool = False,
     ) -> None:
-        """With `checksums`, what is loaded is held against those that the source has."""
+        """With `checksums`, what is loaded is held against those that the source has; with `code`, its own runs."""
         self.begun = time.monotonic()
         self.read = read
         self.control = control
@@ -65,7 +66,7 @@ class Job:
         with control.phase("catalog"):
             found = b""
             if control.rank == 0:
-                found = pack(read_source(self.store, read.concurrency, checksums=checksums))
+                found = pack(read_source(self.store, read.concurrency, checksums=checksums, code=code))
             self.source: Source = unpack(control.broadcast("source", found))
         self.catalog_seconds = time.monotonic() - self.begun
         self._held_bytes = max(0, anonymous_bytes() - before)
@@ -201,7 +202,7 @@ class Job:
                 "or set model.builder and convert to null"
             )
         fields = self.source.hf_config
-        return config_of(unquantised(fields) if self._dequantizes else fields)
+        return config_of(unquantised(fields) if self._dequantizes else fields, self.source.code)
 
     def _declared_ties(self) -> Mapping[str, str]:
         from loader.convert.named.transformers import declared_ties  # takes seconds to import

@@ -9,11 +9,10 @@ from functools import partial
 
 import torch
 
-from loader.build import build_model, needless_keys, own_conversion, wishes_of
+from loader.build import build_model, needless_keys, open_job, own_conversion, wishes_of
 from loader.config import Config, resolve_mesh
 from loader.errors import LoaderError
 from loader.exchange.control import Control
-from loader.job import Job
 from loader.place.mesh import make_mesh
 from loader.place.targets import targets_of
 from loader.place.user_code import resolve
@@ -37,9 +36,7 @@ def run(config: Config, control: Control, device: torch.device) -> Callable[[], 
     with _output(config, control) as wanted:
         if not wanted:
             return lambda: 0
-        source, checksums = config.source, config.verify == "checksum"
-        job = Job(source.pinned_uri, source.storage_options, config.read, control, checksums=checksums)
-        job.trace(convert, source.ignore, source.strip_prefix, dequantize=config.model.dequantize)
+        job = open_job(config, convert, control)
         with control.phase("assets"):
             if config.output.checkpoint is not None and control.rank == 0:
                 assets.copy(partial(read_whole, job.store), job.source.names, config.output.checkpoint)
