@@ -136,7 +136,7 @@ def model_class(hf_config: Mapping[str, Any] | PreTrainedConfig) -> type[PreTrai
         return cls
     if fields.get("auto_map"):
         raise BuilderError(
-            f"config.json names {names[0]}, whose code is in the checkpoint (`auto_map`): it could do whatever you can, "
+            f"config.json names {names[0]}, whose code is in the checkpoint (`auto_map`). It could do what you can, "
             "and is not run unless you say so. Read it, and set model.trust_remote_code: true; or install it as a "
             f"package and {_OWN_BUILDER}"
         )
