@@ -62,7 +62,7 @@ class Job:
             access = Access(uri, dict(storage_options), read.concurrency, read.timeout, read.backend)
             import_scheme(access)  # imports are no cost of a load; what is taken from here on is
             before = anonymous_bytes()
-            self.store = Store(access, retries=read.retries, deadline=read.deadline)
+            self.store = Store(access, retries=read.retries, deadline=read.deadline, pause=control.pause)
         with control.phase("catalog"):
             found = b""
             if control.rank == 0:

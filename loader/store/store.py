@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import TypeVar
 import tenacity
 
 from loader.errors import CatalogError, LoaderError, PinError, StoreError
+from loader.pause import Pause
 from loader.store.base import (
     PIECE,
     Access,
@@ -28,7 +30,7 @@ from loader.store.flow import Flow
 from loader.store.patience import Patience
 from loader.store.schemes import open_scheme
 from loader.store.secrets import Secrets
-from loader.uri import public_uri
+from loader.uri import public_uri, split_uri
 
 T = TypeVar("T")
 
@@ -37,9 +39,6 @@ REFUSED = (
     "they may list and read this prefix, the region and the endpoint"
 )
 UNREACHED = "Check the endpoint and the network, or raise read.retries or read.deadline"
-
-FILES = (".safetensors", ".bin", ".pt", ".pth")
-"""What a URI that names one file ends with."""
 
 FIRST_WAIT = 0.1
 LONGEST_WAIT = 10.0
@@ -88,18 +87,20 @@ class _Reading:
 class Store:
     """A directory of checkpoint files, or one file.
 
-    `retries` is how often one range is tried again; `deadline` (seconds) bounds all work on the store together. Methods
-    block and may be called from many threads; `close` ends them. `access.concurrency` ranges are read at once, then as
-    many as pay, up to `most_at_once`.
+    `retries` is how often one range is tried again; `deadline` (seconds) bounds all work on the store together. In a
+    `pause`, which is made longer when the store asks for fewer requests, none is made. Methods block and may be called
+    from many threads; `close` ends them. `access.concurrency` ranges are read at once, then as many as pay, up to
+    `most_at_once`.
     """
 
-    def __init__(self, access: Access, *, retries: int, deadline: float) -> None:
+    def __init__(self, access: Access, *, retries: int, deadline: float, pause: Pause | None = None) -> None:
         directory, self.only = split_uri(access.uri)
         self.uri = public_uri(access.uri)
         self.tally = Tally()
         self._secrets = Secrets(access.storage_options)
         self._directory = public_uri(directory)
         self._retries = retries
+        self._pause = pause or Pause()
         self._until = time.monotonic() + deadline
         self._closed = threading.Event()
         self._lock = threading.Lock()
@@ -245,7 +246,8 @@ class Store:
                 tenacity.stop_before_delay(max(0.0, self._until - time.monotonic())),
             ),
             sleep=tenacity.sleep_using_event(self._closed),
-            before_sleep=lambda _: self.tally.add(retries=1),
+            before=lambda _: self._wait_out_the_pause(),
+            before_sleep=self._try_again_later,
             reraise=True,
         )
         try:
@@ -258,6 +260,18 @@ class Store:
             raise
         except Exception as error:  # noqa: BLE001 - a client library's, in a case that its scheme does not know
             raise self._told(StoreError, f"{what}: ", told(error)) from self._secrets.cause(error)
+
+    def _wait_out_the_pause(self) -> None:
+        """And as long again at most, by chance: else all whom it held would come at once."""
+        while (left := self._pause.until - (now := time.monotonic())) > 0 and now < self._until:
+            if self._closed.wait(min(left + random.uniform(0, left), self._until - now)):
+                return
+
+    def _try_again_later(self, state: tenacity.RetryCallState) -> None:
+        self.tally.add(retries=1)
+        error = state.outcome.exception() if state.outcome else None
+        if isinstance(error, Transient) and error.throttled and state.next_action:
+            self._pause.extend(time.monotonic() + state.next_action.sleep)
 
     def _told(self, kind: type[LoaderError], before: str, error: object, after: str = "") -> LoaderError:
         """The error of our own that tells another, without its secrets."""
@@ -281,16 +295,3 @@ def _wait(state: tenacity.RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome else None
     asked = error.retry_after if isinstance(error, Transient) else None
     return _jittered(state) + min(asked or 0.0, LONGEST_ASKED)
-
-
-def split_uri(uri: str) -> tuple[str, str | None]:
-    """Directory and file name of a source: the name is None where the URI names a directory.
-
-    s3://b/llama/model.safetensors -> (s3://b/llama, model.safetensors); s3://b/llama/ -> (s3://b/llama, None)
-    The name of a file has one of the endings FILES.
-    """
-    path, mark, query = uri.partition("?") if "://" in uri else (uri, "", "")
-    if path.endswith(FILES):
-        directory, _, name = path.rpartition("/")
-        return (directory or ".") + mark + query, name
-    return (path.rstrip("/") or "/") + mark + query, None

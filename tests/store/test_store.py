@@ -14,7 +14,8 @@ import pytest
 from loader.errors import CatalogError, LoaderError, PinError, StoreError
 from loader.store.base import Access, Backend, Filler, Transient, Unusable, check_reply, refusal
 from loader.store.secrets import Secrets
-from loader.store.store import Store, split_uri
+from loader.store.store import Store
+from loader.uri import split_uri
 from tests.hub import hub_server
 from tests.proxy import CountingProxy, Forward, Reply, Request
 from tests.servers import http_server
