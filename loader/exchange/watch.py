@@ -15,8 +15,8 @@ from typing import TypeVar
 
 from torch.distributed import Store  # type: ignore[attr-defined]  # the stubs hide it
 
+from loader.caller import Caller
 from loader.errors import LoaderError, LostRankError, from_wire, to_wire
-from loader.exchange.caller import Caller
 from loader.exchange.node import node_name
 from loader.pause import Pause
 

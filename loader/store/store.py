@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
-
-import tenacity
 
 from loader.errors import CatalogError, LoaderError, PinError, StoreError
 from loader.pause import Pause
@@ -17,6 +14,7 @@ from loader.store.base import (
     PIECE,
     Access,
     Checksum,
+    Hung,
     Late,
     Scheme,
     Stat,
@@ -28,6 +26,7 @@ from loader.store.base import (
 )
 from loader.store.flow import Flow
 from loader.store.patience import Patience
+from loader.store.retry import Retry
 from loader.store.schemes import open_scheme
 from loader.store.secrets import Secrets
 from loader.uri import public_uri, split_uri
@@ -40,12 +39,7 @@ REFUSED = (
 )
 UNREACHED = "Check the endpoint and the network, or raise read.retries or read.deadline"
 
-FIRST_WAIT = 0.1
-LONGEST_WAIT = 10.0
-"""Full jitter between 0 and min(10 s, 0.1 s x 2^attempt): AWS's advice against synchronised retries."""
-
-LONGEST_ASKED = 60.0
-"""Seconds that a server's Retry-After is heeded, at most. Jitter comes on top, for it asks all ranks alike."""
+HANGS = "See to the mount or the client, and start again"
 
 
 @dataclass(slots=True)
@@ -100,9 +94,9 @@ class Store:
         self._secrets = Secrets(access.storage_options)
         self._directory = public_uri(directory)
         self._retries = retries
-        self._pause = pause or Pause()
         self._until = time.monotonic() + deadline
         self._closed = threading.Event()
+        self._retry = Retry(retries, self._until, self._closed, pause or Pause(), lambda: self.tally.add(retries=1))
         self._lock = threading.Lock()
         self._patience = Patience(access.timeout)
         self._flow = Flow(access.concurrency)
@@ -237,41 +231,18 @@ class Store:
         return True
 
     def _try(self, call: Callable[[], T], what: str) -> T:
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(Transient),
-            wait=_wait,
-            stop=tenacity.stop_any(
-                tenacity.stop_after_attempt(1 + self._retries),
-                tenacity.stop_when_event_set(self._closed),
-                tenacity.stop_before_delay(max(0.0, self._until - time.monotonic())),
-            ),
-            sleep=tenacity.sleep_using_event(self._closed),
-            before=lambda _: self._wait_out_the_pause(),
-            before_sleep=self._try_again_later,
-            reraise=True,
-        )
         try:
-            return retrying(call)
+            return self._retry(call)
         except Transient as error:
-            how = f"{retrying.statistics['attempt_number']} tries; read.retries is {self._retries}"
+            how = f"{error.tries} tries; read.retries is {self._retries}"
             how += "; read.deadline has passed" if time.monotonic() >= self._until else ""
             raise self._told(StoreError, f"{what}: ", error, f" ({how}). {UNREACHED}") from self._secrets.cause(error)
+        except Hung as error:
+            raise self._told(StoreError, f"{what}: ", error, f", and cannot be interrupted. {HANGS}") from None
         except (LoaderError, OSError, Unusable):
             raise
         except Exception as error:  # noqa: BLE001 - a client library's, in a case that its scheme does not know
             raise self._told(StoreError, f"{what}: ", told(error)) from self._secrets.cause(error)
-
-    def _wait_out_the_pause(self) -> None:
-        """And as long again at most, by chance: else all whom it held would come at once."""
-        while (left := self._pause.until - (now := time.monotonic())) > 0 and now < self._until:
-            if self._closed.wait(min(left + random.uniform(0, left), self._until - now)):
-                return
-
-    def _try_again_later(self, state: tenacity.RetryCallState) -> None:
-        self.tally.add(retries=1)
-        error = state.outcome.exception() if state.outcome else None
-        if isinstance(error, Transient) and error.throttled and state.next_action:
-            self._pause.extend(time.monotonic() + state.next_action.sleep)
 
     def _told(self, kind: type[LoaderError], before: str, error: object, after: str = "") -> LoaderError:
         """The error of our own that tells another, without its secrets."""
@@ -285,13 +256,3 @@ def _gone(scheme: Scheme, name: str, pin: str, error: FileNotFoundError) -> PinE
     except (OSError, Transient, Unusable):
         found = "no such object"
     return changed(name, pin, found) if found != pin else Transient(f"{error}, of a file that has not changed")
-
-
-_jittered = tenacity.wait_random_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT)
-
-
-def _wait(state: tenacity.RetryCallState) -> float:
-    """Seconds until the next try: with full jitter, and no less than the server asked for, within reason."""
-    error = state.outcome.exception() if state.outcome else None
-    asked = error.retry_after if isinstance(error, Transient) else None
-    return _jittered(state) + min(asked or 0.0, LONGEST_ASKED)
