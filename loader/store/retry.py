@@ -49,7 +49,7 @@ class Retry:
                 tenacity.stop_before_delay(max(0.0, self._until - time.monotonic())),
             ),
             sleep=tenacity.sleep_using_event(self._closed),
-            before=lambda _: self._wait_out_the_pause(),
+            before=lambda _: self.wait_out_the_pause(),
             before_sleep=self._try_again_later,
             reraise=True,
         )
@@ -59,7 +59,7 @@ class Retry:
             error.tries = retrying.statistics["attempt_number"]
             raise
 
-    def _wait_out_the_pause(self) -> None:
+    def wait_out_the_pause(self) -> None:
         """And as long again at most, by chance: else all whom it held would come at once."""
         while (left := self._pause.until - (now := time.monotonic())) > 0 and now < self._until:
             if self._closed.wait(min(left + random.uniform(0, left), self._until - now)):

@@ -199,6 +199,7 @@ class Store:
         got, scheme, again = 0, self._scheme, min(PIECE, len(reading.rest))
         try:
             with self._flow.place():
+                self._retry.wait_out_the_pause()  # it may have been asked for since this range began to wait
                 begun = time.monotonic()
                 silence = self._patience.seconds(again) if hedged else self._access.timeout
                 scheme.read(reading.name, reading.pin, reading.start + reading.filled, reading.rest, silence)
