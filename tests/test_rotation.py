@@ -102,7 +102,7 @@ def test_a_load_goes_on_with_the_new_keys(s3, tmp_path, backend, how):
         urls = [proxy.url_for(rank) for rank in range(RANKS)]
         whole = str(tmp_path / "checkpoint" / "model.safetensors")
         report, _ = run_ranks(RANKS, _load, uri, urls, whole, backend, env=keys.environment)
-    assert 1 <= rotating.refused == report.retries <= 2 * RANKS  # no more than were in flight
+    assert 1 <= rotating.refused == report.retries <= 9 * RANKS  # no range more than once
     if how == "process":
         asked = keys.log.read_text()
         assert [asked.count(str(rank)) for rank in range(RANKS)] == [2, 2]  # as the load began, and once more
