@@ -28,6 +28,9 @@ from typing import Any
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1
 
+SPARE_KEY = "loader-spare-key"
+"""A second access key of every server, with the same secret: for credentials that rotate."""
+
 
 class ServerError(RuntimeError):
     """A server ended, or did not answer in time; the message has the end of its log."""
@@ -104,7 +107,7 @@ def s3_server(*, anonymous: bool = False) -> Iterator[S3Server]:
 def _write_identities(directory: Path, key: str, secret: str, *, anonymous: bool) -> Path:
     admin = {
         "name": "admin",
-        "credentials": [{"accessKey": key, "secretKey": secret}],
+        "credentials": [{"accessKey": each, "secretKey": secret} for each in (key, SPARE_KEY)],
         "actions": ["Admin", "Read", "Write", "List", "Tagging"],
     }
     identities = [admin, {"name": "anonymous", "actions": ["Read", "List"]}] if anonymous else [admin]

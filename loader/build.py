@@ -15,6 +15,7 @@ from loader.convert.graph import Node, keys_of
 from loader.convert.lazy import Convert
 from loader.convert.vocabulary import Vocabulary
 from loader.errors import ConfigError
+from loader.exchange.control import Control
 from loader.job import Job, conversion_of
 from loader.place.dtypes import DtypeRule, cast_by_rules, dtype_by_rule
 from loader.place.materialise import materialise
@@ -31,6 +32,21 @@ def own_conversion(config: Config) -> Convert | None:
     A model of transformers is loaded as transformers declares; its dense ones mostly have nothing to convert.
     """
     return conversion_of(config.convert or ("transformers" if config.model.builder == "transformers" else None))
+
+
+def open_job(config: Config, convert: Convert | None, control: Control) -> Job:
+    """What the config asks to load, with its conversion traced. Collective."""
+    source = config.source
+    job = Job(
+        source.pinned_uri,
+        source.storage_options,
+        config.read,
+        control,
+        checksums=config.verify == "checksum",
+        code=config.model.trust_remote_code,
+    )
+    job.trace(convert, source.ignore, source.strip_prefix, dequantize=config.model.dequantize)
+    return job
 
 
 def build_model(config: Config, job: Job, mesh: DeviceMesh, device: torch.device) -> Model:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from loader.build import build_on_meta, needless_keys, own_conversion, wishes_of
+from loader.build import build_on_meta, needless_keys, open_job, own_conversion, wishes_of
 from loader.config import Config, resolve_mesh
 from loader.convert.conversion import Outputs
 from loader.convert.graph import Node, partners, seen_in
@@ -53,10 +53,8 @@ def dry_run(config: Config, control: Control, world: World) -> None:
         dims = resolve_mesh(config.mesh, world.size)
         if config.output.entrypoint:
             resolve(config.output.entrypoint)
-    source, checksums = config.source, config.verify == "checksum"
-    job = Job(source.pinned_uri, source.storage_options, config.read, control, checksums=checksums)
+    job = open_job(config, convert, control)
     job.store.close()
-    job.trace(convert, source.ignore, source.strip_prefix, dequantize=config.model.dequantize)
     with control.phase("build"):
         builds = list(_builds(config, job, dims, world.size))
     with control.phase("budget"):

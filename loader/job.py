@@ -51,8 +51,9 @@ class Job:
         control: Control,
         *,
         checksums: bool = False,
+        code: bool = False,
     ) -> None:
-        """With `checksums`, what is loaded is held against those that the source has."""
+        """With `checksums`, what is loaded is held against those that the source has; with `code`, its own runs."""
         self.begun = time.monotonic()
         self.read = read
         self.control = control
@@ -61,11 +62,11 @@ class Job:
             access = Access(uri, dict(storage_options), read.concurrency, read.timeout, read.backend)
             import_scheme(access)  # imports are no cost of a load; what is taken from here on is
             before = anonymous_bytes()
-            self.store = Store(access, retries=read.retries, deadline=read.deadline)
+            self.store = Store(access, retries=read.retries, deadline=read.deadline, pause=control.pause)
         with control.phase("catalog"):
             found = b""
             if control.rank == 0:
-                found = pack(read_source(self.store, read.concurrency, checksums=checksums))
+                found = pack(read_source(self.store, read.concurrency, checksums=checksums, code=code))
             self.source: Source = unpack(control.broadcast("source", found))
         self.catalog_seconds = time.monotonic() - self.begun
         self._held_bytes = max(0, anonymous_bytes() - before)
@@ -201,7 +202,7 @@ class Job:
                 "or set model.builder and convert to null"
             )
         fields = self.source.hf_config
-        return config_of(unquantised(fields) if self._dequantizes else fields)
+        return config_of(unquantised(fields) if self._dequantizes else fields, self.source.code)
 
     def declared_ties(self) -> Mapping[str, str]:
         """What the checkpoint's class and config tie: FQN to FQN."""

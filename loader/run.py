@@ -7,10 +7,9 @@ from functools import partial
 
 import torch
 
-from loader.build import build_model, needless_keys, own_conversion, wishes_of
+from loader.build import build_model, needless_keys, open_job, own_conversion, wishes_of
 from loader.config import Config, resolve_mesh
 from loader.exchange.control import Control
-from loader.job import Job
 from loader.outputs import prepared
 from loader.place.mesh import make_mesh
 from loader.place.user_code import resolve
@@ -33,9 +32,7 @@ def run(config: Config, control: Control, device: torch.device) -> Callable[[], 
     with prepared(config.output, control) as outputs:
         if outputs.all_there:
             return lambda: 0
-        source, checksums = config.source, config.verify == "checksum"
-        job = Job(source.pinned_uri, source.storage_options, config.read, control, checksums=checksums)
-        job.trace(convert, source.ignore, source.strip_prefix, dequantize=config.model.dequantize)
+        job = open_job(config, convert, control)
         with control.phase("assets"):
             outputs.copy_assets(partial(read_whole, job.store), job.source.names)
         with control.phase("build"):

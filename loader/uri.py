@@ -1,4 +1,4 @@
-"""What of a URI may be shown: credentials can hide in its user information and in its query string."""
+"""URIs: what one names, and what of it may be shown: credentials can hide in its user information and its query."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import re
 from urllib.parse import quote
 
 _USERINFO = re.compile(r"://[^/?#]*@")
+
+FILES = (".safetensors", ".bin", ".pt", ".pth")
+"""What a URI that names one file ends with."""
 
 
 def public_uri(uri: str) -> str:
@@ -23,3 +26,16 @@ def at_revision(uri: str, revision: str) -> str:
     org, _, rest = uri.removeprefix("hf://").partition("/")
     name, slash, path = rest.partition("/")
     return f"hf://{org}/{name}@{quote(revision, safe='')}{slash}{path}"
+
+
+def split_uri(uri: str) -> tuple[str, str | None]:
+    """Directory and file name of a source: the name is None where the URI names a directory.
+
+    s3://b/llama/model.safetensors -> (s3://b/llama, model.safetensors); s3://b/llama/ -> (s3://b/llama, None)
+    The name of a file has one of the endings FILES.
+    """
+    path, mark, query = uri.partition("?") if "://" in uri else (uri, "", "")
+    if path.endswith(FILES):
+        directory, _, name = path.rpartition("/")
+        return (directory or ".") + mark + query, name
+    return (path.rstrip("/") or "/") + mark + query, None

@@ -99,6 +99,10 @@ ROWS = {
     ),
     "overwritten": Row("the object is overwritten", changes("overwrite"), EVERYWHERE, BOTH_PINS),
     "deleted": Row("the object is deleted", changes("delete"), EVERYWHERE, ["changed while", "found no such"]),
+    "hangs": Row(
+        "a mounted file system that hangs", changes("hang"), {"file": STORE},
+        ["nothing came for 0.7 s (read.timeout), and cannot be interrupted"], {"timeout": "700ms"},
+    ),
     "uploaded-again": Row("the same bytes are uploaded again", changes("again"), BY_CONTENT, BOTH_PINS),
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,8 +56,10 @@ def misbehaving_place(
 
 
 def change_file(path: Path, how: str, other: Path) -> None:
-    """`how` is overwrite, delete, or again: the same bytes in a new file."""
+    """`how` is overwrite, delete, again: the same bytes in a new file, or hang: whoever opens it waits for ever."""
     before = path.read_bytes()
     path.unlink()
-    if how != "delete":
+    if how == "hang":
+        os.mkfifo(path)
+    elif how != "delete":
         path.write_bytes(other.read_bytes() if how == "overwrite" else before)

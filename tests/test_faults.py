@@ -38,7 +38,7 @@ RANKS = 2
 TENSORS = {f"layers.{n}.weight": (torch.bfloat16, (256, 384)) for n in range(3)}  # 9 ranges
 READ = {"range_size": "64KiB", "memory_budget": "32MiB", "concurrency": 4, "timeout": "30s"}
 CELLS = [(backend, name) for backend in BACKENDS for name, row in ROWS.items() if row.cell(backend)]
-HOW = {"overwritten": "overwrite", "deleted": "delete", "uploaded-again": "again"}
+HOW = {"overwritten": "overwrite", "deleted": "delete", "uploaded-again": "again", "hangs": "hang"}
 UNREAD = 16 << 20
 """Bytes that a socket may take of a body that nobody reads, with room to spare."""
 

@@ -127,6 +127,21 @@ class Model(Section):
         default=True, description="whether quantised weights are; false keeps them and their scales as they are stored"
     )
 
+    trust_remote_code: StrictBool = Field(
+        default=False,
+        description="whether code in the checkpoint may run, for a model that transformers does not have",
+    )
+
+    @field_validator("trust_remote_code")
+    @classmethod
+    def _runs_it(cls, trusted: bool, info: ValidationInfo) -> bool:
+        builder = info.data.get("builder", "transformers")
+        if trusted and builder != "transformers":
+            raise ConfigError(
+                f"only the transformers builder runs a checkpoint's code, found builder {builder}: leave it out"
+            )
+        return trusted
+
     @field_validator("initialise")
     @classmethod
     def _has_code(cls, globs: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:

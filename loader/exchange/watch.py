@@ -15,8 +15,10 @@ from typing import TypeVar
 
 from torch.distributed import Store  # type: ignore[attr-defined]  # the stubs hide it
 
+from loader.caller import Caller
 from loader.errors import LoaderError, LostRankError, from_wire, to_wire
-from loader.exchange.caller import Caller
+from loader.exchange.node import node_name
+from loader.pause import Pause
 
 T = TypeVar("T")
 
@@ -39,13 +41,15 @@ GONE = "gone"
 
 
 class Watch:
-    """One rank's watch. `peers` are the ranks that it exchanges with; `done_bytes` are told with its beats."""
+    """One rank's watch. `peers` are the ranks that it exchanges with; `done_bytes` are told with its beats, and so is
+    `pause` to the ranks of its node, and theirs to it."""
 
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
         self.rank = rank
         self.world_size = world_size
         self.peers: Sequence[int] = range(world_size)
         self.done_bytes = 0
+        self.pause = Pause()
         self._store = store
         self._own_store: Store = store.clone()  # type: ignore[attr-defined]  # a connection of the watch thread's own
         self._caller = Caller("loader-store")
@@ -126,7 +130,7 @@ class Watch:
 
     def _watch(self) -> None:
         try:
-            neighbour, seen, since = (self.rank + 1) % self.world_size, b"", time.monotonic()
+            node, neighbour, seen, since = node_name(), (self.rank + 1) % self.world_size, b"", time.monotonic()
             for count in itertools.count():
                 begun = time.monotonic()
                 self._own_store.set(f"beat/{self.rank}", f"{socket.gethostname()}:{count} {self.done_bytes}")
@@ -134,6 +138,7 @@ class Watch:
                     self._set_error(from_wire(self._own_store.get("error")))
                 if self._error is not None and not self._stop_known.is_set():
                     self._agree_on_stop()
+                self._share_pause(f"pause/{node}")
                 beat = self._read_beat(neighbour)
                 if beat != seen:
                     seen, since = beat, time.monotonic()
@@ -151,6 +156,13 @@ class Watch:
                 gone = isinstance(error, RuntimeError | OSError)
                 self._set_error(_store_lost(type(error).__name__) if gone else self.fail(error))
                 self._stop_known.set()
+
+    def _share_pause(self, name: str) -> None:
+        """Make the node's pause this rank's, and the other way round, whichever is longer."""
+        known = float(self._own_store.get(name)) if self._own_store.check([name]) else 0.0
+        self.pause.extend(known)
+        if self.pause.until > known:
+            self._own_store.set(name, repr(self.pause.until))
 
     def _read_beat(self, rank: int) -> bytes:
         name = f"beat/{rank}"

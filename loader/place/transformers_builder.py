@@ -24,6 +24,7 @@ from transformers.utils import ContextManagers
 
 from loader.convert.named.transformers import model_class
 from loader.errors import BuilderError, ConfigError, LoaderError
+from loader.place.checkpoint_code import own_classes
 from loader.place.dtypes import DtypeRule, cast_by_rules
 from loader.place.user_code import told
 
@@ -55,11 +56,16 @@ def build(
     return model
 
 
-def config_of(fields: Mapping[str, Any]) -> PreTrainedConfig:
-    """`config.json` as transformers' config object: of the model type's own class, generic where it knows none."""
+def config_of(fields: Mapping[str, Any], code: Mapping[str, str] | None = None) -> PreTrainedConfig:
+    """`config.json` as transformers' config object: of the model type's own class, generic where it knows none.
+
+    Where it does not have the model either, that is taken from the checkpoint's own `code`: sources by module.
+    """
     kind = fields.get("model_type")
     known = kind in transformers.CONFIG_MAPPING  # a lazy mapping, whose `get` knows no default
     cls = transformers.CONFIG_MAPPING[kind] if known else PreTrainedConfig
+    if code and not hasattr(transformers, next(iter(fields.get("architectures") or []), "")):
+        cls = own_classes(fields, code)
     try:
         config: PreTrainedConfig = cls.from_dict(dict(fields))
     except Exception as error:

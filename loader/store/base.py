@@ -94,7 +94,8 @@ class Addressed(Listed, Protocol):
 class Transient(Exception):  # noqa: N818 - it is a verdict on an error, told apart from errors that end the load
     """Another try may mend it, unless nothing is left: `filled` bytes at the front of the buffer are right already.
 
-    `throttled` says that the server asked for fewer requests, `retry_after` in how many seconds it asked for the next.
+    `throttled` says that the server asked for fewer requests, `retry_after` in how many seconds it asked for the next;
+    `tries` is how many there were, once there are to be no more.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class Transient(Exception):  # noqa: N818 - it is a verdict on an error, told ap
         self.filled = filled
         self.throttled = throttled
         self.retry_after = retry_after
+        self.tries = 1
 
 
 class Late(Transient):
@@ -112,6 +114,10 @@ class Late(Transient):
 
 class Unusable(Exception):  # noqa: N818 - as above
     """No other try will mend it, and it is no question of credentials: a request that the server calls wrong."""
+
+
+class Hung(Exception):  # noqa: N818 - as above
+    """It does not return, and cannot be interrupted: to try again would fill what the first try may still fill."""
 
 
 def checksum_of(scheme: Listed, name: str, pin: str) -> Checksum | str:

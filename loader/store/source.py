@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,6 +23,8 @@ from loader.store.base import Stat
 from loader.store.store import Store
 
 CONFIG = "config.json"
+MAX_CODE = 1 << 20
+"""Bytes of a Python module: transformers' own largest has a quarter of it."""
 _GUESSES = [name for form in FORMATS for name in (form.index, form.one)]
 
 _log = logging.getLogger(__name__)
@@ -31,12 +33,14 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Source:
     """`hf_config` is the parsed `config.json`, None where there is none; `names` are the directory's files; `claims`
-    are what is to be checked of the catalog's, None where nothing is."""
+    are what is to be checked of the catalog's, None where nothing is; `code` the sources that `config.json` names, and
+    those beside them, by module, where they are trusted."""
 
     catalog: Catalog
     hf_config: dict[str, Any] | None
     names: tuple[str, ...]
     claims: Claims | None
+    code: dict[str, str]
 
 
 class _Catalogued(NamedTuple):
@@ -47,9 +51,9 @@ class _Catalogued(NamedTuple):
     claims: list[Claim] | str
 
 
-def read_source(store: Store, concurrency: int, *, checksums: bool = False) -> Source:
+def read_source(store: Store, concurrency: int, *, checksums: bool = False, code: bool = False) -> Source:
     """Read config, index and all headers, `concurrency` files side by side, and pin every file; with `checksums` find
-    what these are claimed to be.
+    what these are claimed to be, with `code` read what comes with them.
 
     Raises CatalogError for whatever is missing or contradicts itself; StoreError.
     """
@@ -71,7 +75,9 @@ def read_source(store: Store, concurrency: int, *, checksums: bool = False) -> S
         read = list(pool.map(lambda numbered: reader.read(*numbered), enumerate(layout.files)))
     files, headers = [each.file for each in read], [each.contents for each in read]
     catalog = assemble(files, headers, weight_map=weight_map, index=layout.index)
-    return Source(catalog, _read_config(store, listed), tuple(names), _claims(read) if checksums else None)
+    config = _read_config(store, listed)
+    claims = _claims(read) if checksums else None
+    return Source(catalog, config, tuple(names), claims, _read_code(store, listed, config or {}) if code else {})
 
 
 def _claims(read: Sequence[_Catalogued]) -> Claims:
@@ -153,6 +159,19 @@ def _read_config(store: Store, listed: Sequence[str] | None) -> dict[str, Any] |
     if store.stat(CONFIG) is None:
         return None
     return parse_object(read_whole(store, CONFIG, MAX_INDEX), file=CONFIG, what="the config")
+
+
+def _read_code(store: Store, listed: Sequence[str] | None, config: Mapping[str, Any]) -> dict[str, str]:
+    """The directory's Python modules, or those that the config names where it cannot be listed; none where it names
+    none."""
+    auto_map = config.get("auto_map") or {}
+    named = {str(each).rpartition(".")[0] for each in auto_map.values()} if isinstance(auto_map, dict) else set()
+    there = {name.removesuffix(".py") for name in listed if name.endswith(".py")} if listed is not None else named
+    modules = sorted(each for each in there if each.isidentifier()) if named else []
+    try:
+        return {each: read_whole(store, f"{each}.py", MAX_CODE).decode() for each in modules}
+    except UnicodeDecodeError as error:
+        raise CatalogError(f"{store.uri}: a .py file beside config.json is no text: {error}") from error
 
 
 def _stat(store: Store, name: str) -> Stat:

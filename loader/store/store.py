@@ -8,13 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-import tenacity
-
 from loader.errors import CatalogError, LoaderError, PinError, StoreError
+from loader.pause import Pause
 from loader.store.base import (
     PIECE,
     Access,
     Checksum,
+    Hung,
     Late,
     Scheme,
     Stat,
@@ -26,9 +26,10 @@ from loader.store.base import (
 )
 from loader.store.flow import Flow
 from loader.store.patience import Patience
+from loader.store.retry import Retry
 from loader.store.schemes import open_scheme
 from loader.store.secrets import Secrets
-from loader.uri import public_uri
+from loader.uri import public_uri, split_uri
 
 T = TypeVar("T")
 
@@ -38,15 +39,7 @@ REFUSED = (
 )
 UNREACHED = "Check the endpoint and the network, or raise read.retries or read.deadline"
 
-FILES = (".safetensors", ".bin", ".pt", ".pth")
-"""What a URI that names one file ends with."""
-
-FIRST_WAIT = 0.1
-LONGEST_WAIT = 10.0
-"""Full jitter between 0 and min(10 s, 0.1 s x 2^attempt): AWS's advice against synchronised retries."""
-
-LONGEST_ASKED = 60.0
-"""Seconds that a server's Retry-After is heeded, at most. Jitter comes on top, for it asks all ranks alike."""
+HANGS = "See to the mount or the client, and start again"
 
 
 @dataclass(slots=True)
@@ -88,12 +81,13 @@ class _Reading:
 class Store:
     """A directory of checkpoint files, or one file.
 
-    `retries` is how often one range is tried again; `deadline` (seconds) bounds all work on the store together. Methods
-    block and may be called from many threads; `close` ends them. `access.concurrency` ranges are read at once, then as
-    many as pay, up to `most_at_once`.
+    `retries` is how often one range is tried again; `deadline` (seconds) bounds all work on the store together. In a
+    `pause`, which is made longer when the store asks for fewer requests, none is made. Methods block and may be called
+    from many threads; `close` ends them. `access.concurrency` ranges are read at once, then as many as pay, up to
+    `most_at_once`.
     """
 
-    def __init__(self, access: Access, *, retries: int, deadline: float) -> None:
+    def __init__(self, access: Access, *, retries: int, deadline: float, pause: Pause | None = None) -> None:
         directory, self.only = split_uri(access.uri)
         self.uri = public_uri(access.uri)
         self.tally = Tally()
@@ -102,6 +96,7 @@ class Store:
         self._retries = retries
         self._until = time.monotonic() + deadline
         self._closed = threading.Event()
+        self._retry = Retry(retries, self._until, self._closed, pause or Pause(), lambda: self.tally.add(retries=1))
         self._lock = threading.Lock()
         self._patience = Patience(access.timeout)
         self._flow = Flow(access.concurrency)
@@ -204,6 +199,7 @@ class Store:
         got, scheme, again = 0, self._scheme, min(PIECE, len(reading.rest))
         try:
             with self._flow.place():
+                self._retry.wait_out_the_pause()  # it may have been asked for since this range began to wait
                 begun = time.monotonic()
                 silence = self._patience.seconds(again) if hedged else self._access.timeout
                 scheme.read(reading.name, reading.pin, reading.start + reading.filled, reading.rest, silence)
@@ -236,24 +232,14 @@ class Store:
         return True
 
     def _try(self, call: Callable[[], T], what: str) -> T:
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(Transient),
-            wait=_wait,
-            stop=tenacity.stop_any(
-                tenacity.stop_after_attempt(1 + self._retries),
-                tenacity.stop_when_event_set(self._closed),
-                tenacity.stop_before_delay(max(0.0, self._until - time.monotonic())),
-            ),
-            sleep=tenacity.sleep_using_event(self._closed),
-            before_sleep=lambda _: self.tally.add(retries=1),
-            reraise=True,
-        )
         try:
-            return retrying(call)
+            return self._retry(call)
         except Transient as error:
-            how = f"{retrying.statistics['attempt_number']} tries; read.retries is {self._retries}"
+            how = f"{error.tries} tries; read.retries is {self._retries}"
             how += "; read.deadline has passed" if time.monotonic() >= self._until else ""
             raise self._told(StoreError, f"{what}: ", error, f" ({how}). {UNREACHED}") from self._secrets.cause(error)
+        except Hung as error:
+            raise self._told(StoreError, f"{what}: ", error, f", and cannot be interrupted. {HANGS}") from None
         except (LoaderError, OSError, Unusable):
             raise
         except Exception as error:  # noqa: BLE001 - a client library's, in a case that its scheme does not know
@@ -271,26 +257,3 @@ def _gone(scheme: Scheme, name: str, pin: str, error: FileNotFoundError) -> PinE
     except (OSError, Transient, Unusable):
         found = "no such object"
     return changed(name, pin, found) if found != pin else Transient(f"{error}, of a file that has not changed")
-
-
-_jittered = tenacity.wait_random_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT)
-
-
-def _wait(state: tenacity.RetryCallState) -> float:
-    """Seconds until the next try: with full jitter, and no less than the server asked for, within reason."""
-    error = state.outcome.exception() if state.outcome else None
-    asked = error.retry_after if isinstance(error, Transient) else None
-    return _jittered(state) + min(asked or 0.0, LONGEST_ASKED)
-
-
-def split_uri(uri: str) -> tuple[str, str | None]:
-    """Directory and file name of a source: the name is None where the URI names a directory.
-
-    s3://b/llama/model.safetensors -> (s3://b/llama, model.safetensors); s3://b/llama/ -> (s3://b/llama, None)
-    The name of a file has one of the endings FILES.
-    """
-    path, mark, query = uri.partition("?") if "://" in uri else (uri, "", "")
-    if path.endswith(FILES):
-        directory, _, name = path.rpartition("/")
-        return (directory or ".") + mark + query, name
-    return (path.rstrip("/") or "/") + mark + query, None

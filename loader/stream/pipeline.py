@@ -16,7 +16,7 @@ from functools import partial
 
 from torch import Tensor
 
-from loader.exchange.caller import Caller
+from loader.caller import Caller
 from loader.exchange.control import Control
 from loader.exchange.transport import Transport, Work
 from loader.place.landing import Landings

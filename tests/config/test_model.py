@@ -73,5 +73,5 @@ def test_the_sections_are_those_of_the_contract():
     assert keys(Config) == [*proof, "source", "model", "mesh", "placements", "convert", "read", "output", "report"]
     assert keys(Source) == ["uri", "storage_options", "ignore", "strip_prefix", "revision"]
     model = ["builder", "dtype", "dtype_rules", "device", "vocabulary", "initialise", "dequantize"]
-    assert keys(Model) == model
+    assert keys(Model) == [*model, "trust_remote_code"]
     assert keys(Output) == ["entrypoint", "checkpoint", "local", "if_exists"]

@@ -14,7 +14,8 @@ import pytest
 from loader.errors import CatalogError, LoaderError, PinError, StoreError
 from loader.store.base import Access, Backend, Filler, Transient, Unusable, check_reply, refusal
 from loader.store.secrets import Secrets
-from loader.store.store import Store, split_uri
+from loader.store.store import Store
+from loader.uri import split_uri
 from tests.hub import hub_server
 from tests.proxy import CountingProxy, Forward, Reply, Request
 from tests.servers import http_server
@@ -303,6 +304,44 @@ def test_an_object_that_is_gone_is_told(bucket):
     with pytest.raises(PinError, match=f"pinned {re.escape(pin)}, found no such object"):
         _read(store, pin)
     assert store.stat(NAME) is None
+
+
+@pytest.fixture(scope="module")
+def versioned(s3) -> str:
+    """The URI of a bucket that keeps versions."""
+    import s3fs
+
+    fs = s3fs.S3FileSystem(**s3.storage_options, skip_instance_cache=True)
+    fs.call_s3("create_bucket", Bucket="versioned")
+    fs.call_s3("put_bucket_versioning", Bucket="versioned", VersioningConfiguration={"Status": "Enabled"})
+    return "s3://versioned"
+
+
+@pytest.mark.parametrize("backend", ["direct", "fsspec"])
+@pytest.mark.parametrize("how", ["not", "again", "overwrite", "delete"])
+def test_in_a_bucket_with_versions_an_upload_is_pinned_and_not_only_its_bytes(s3, versioned, tmp_path, backend, how):
+    import s3fs
+
+    fs = s3fs.S3FileSystem(**s3.storage_options, skip_instance_cache=True)
+    uri = f"{versioned}/{backend}-{how}"
+    fs.pipe_file(f"{uri}/{NAME}", DATA)
+    store = Store(Access(uri, s3.storage_options, 4, PATIENCE, backend), retries=2, deadline=60)
+    stat = store.stat(NAME)
+    etag, version = stat.pin.split()
+    assert fs.info(f"{uri}/{NAME}", refresh=True)["ETag"] == etag
+    assert store.checksum(NAME, stat.pin).algorithm == "CRC32"
+    if how == "not":
+        assert _read(store, stat.pin) == DATA[START : START + SIZE]
+        return
+    if how == "delete":
+        fs.rm_file(f"{uri}/{NAME}")
+    else:
+        fs.pipe_file(f"{uri}/{NAME}", DATA if how == "again" else DATA[::-1])
+    now = "no such object" if how == "delete" else Store(Access(uri, s3.storage_options, 4, 30), retries=0, deadline=9)
+    told = re.escape(now if isinstance(now, str) else now.stat(NAME).pin)
+    for asked in (lambda: _read(store, stat.pin), lambda: store.checksum(NAME, stat.pin)):
+        with pytest.raises(PinError, match=f"pinned {re.escape(etag)} {version}, found {told}"):
+            asked()
 
 
 def test_a_file_that_is_said_to_be_gone_and_is_not(reads):

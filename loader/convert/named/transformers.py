@@ -121,20 +121,24 @@ def _told(sources: Mapping[str, Sequence[str]]) -> str:
 
 
 def model_class(hf_config: Mapping[str, Any] | PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class that `architectures` names. Raises BuilderError, with the nearest that there are."""
+    """The class that `architectures` names: of transformers, or of the checkpoint's own code where the config has it.
+
+    Raises BuilderError, with the nearest that there are.
+    """
     fields = hf_config.to_dict() if isinstance(hf_config, PreTrainedConfig) else hf_config
     names = fields.get("architectures") or []
     if not names:
         raise BuilderError(
             f'config.json names no class under `architectures`: add it (as ["LlamaForCausalLM"]), or {_OWN_BUILDER}'
         )
-    cls = getattr(transformers, names[0], None)
+    cls = getattr(hf_config, "checkpoint_class", None) or getattr(transformers, names[0], None)
     if isinstance(cls, type) and issubclass(cls, PreTrainedModel):
         return cls
     if fields.get("auto_map"):
         raise BuilderError(
-            f"config.json names {names[0]}, whose code is in the checkpoint (`auto_map`): code from a bucket is not "
-            f"run; install it as a package and {_OWN_BUILDER}"
+            f"config.json names {names[0]}, whose code is in the checkpoint (`auto_map`). It could do what you can, "
+            "and is not run unless you say so. Read it, and set model.trust_remote_code: true; or install it as a "
+            f"package and {_OWN_BUILDER}"
         )
     close = difflib.get_close_matches(names[0], dir(transformers), n=3)
     hint = f" (it has {', '.join(close)})" if close else ""

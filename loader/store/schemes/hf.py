@@ -127,5 +127,5 @@ def open_scheme(access: Access) -> Scheme | Addressed:
     fs, path = url_to_fs(access.uri, **access.storage_options, skip_instance_cache=True)
     repo = parse_hf_uri(f"hf://{path}")
     if repo.is_bucket or access.backend == "fsspec":
-        return OtherScheme(fs, path)
+        return OtherScheme(fs, path, access.until)
     return HfScheme(fs, repo, access.timeout)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from base64 import b64decode
 from collections.abc import Mapping
@@ -10,14 +9,7 @@ from typing import Any
 
 from aiobotocore.httpsession import AIOHTTPSession
 from aiohttp import ClientError as HttpError
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    CredentialRetrievalError,
-    NoCredentialsError,
-    ParamValidationError,
-    PartialCredentialsError,
-)
+from botocore.exceptions import BotoCoreError, ClientError
 from fsspec.core import url_to_fs
 
 from loader.crc import ALGORITHMS
@@ -29,19 +21,13 @@ from loader.store.base import (
     Scheme,
     Stat,
     Transient,
-    asked_wait,
     changed,
     check_reply,
-    refusal,
     run_on_loop,
-    told,
 )
+from loader.store.s3_errors import of_body, translated
 from loader.store.schemes.web import without_retries
 
-# Answers whose status says less than their code.
-THROTTLED = {"SlowDown", "RequestLimitExceeded", "Throttling", "ThrottlingException"}
-TRANSIENT = {"InternalError", "RequestTimeout", "RequestTimeTooSkewed", "IncompleteBody"}
-FORBIDDEN = {"ExpiredToken", "InvalidToken", "TokenRefreshRequired"}
 CHUNK = 256 * 1024
 CLIENT_BYTES = 24 << 20
 """Measured: 16 MiB as soon as it is open (botocore's models of the service), 3 to 6 with 16 connections at work."""
@@ -51,9 +37,6 @@ SIGNED_FOR = 3600
 
 _OF_REQUESTS = {"requester_pays", "s3_additional_kwargs", "version_aware", "session"}
 """Options of s3fs that change what a request is."""
-
-_SAID = re.compile("<(Code|Message)>([^<]*)</")
-_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError)
 
 
 class _Session(AIOHTTPSession):  # type: ignore[misc]  # it has no types
@@ -81,15 +64,15 @@ class S3Scheme:
     def stat(self, name: str) -> Stat:
         bucket, key, _ = self.fs.split_path(f"{self.path}/{name}")
         found = self._call(lambda: self.fs._call_s3("head_object", Bucket=bucket, Key=key))  # noqa: SLF001
-        return Stat(found["ContentLength"], found["ETag"])
+        return Stat(found["ContentLength"], _pin(found["ETag"], found.get("VersionId")))
 
     def checksum(self, name: str, pin: str) -> Checksum | str:
         bucket, key, _ = self.fs.split_path(f"{self.path}/{name}")
         found = self._call(
             lambda: self.fs._call_s3("head_object", Bucket=bucket, Key=key, ChecksumMode="ENABLED")  # noqa: SLF001
         )
-        if found["ETag"] != pin:
-            raise changed(name, pin, found["ETag"])
+        if (now := _pin(found["ETag"], found.get("VersionId"))) != pin:
+            raise changed(name, pin, now)
         for algorithm in ALGORITHMS:
             value = found.get(f"Checksum{algorithm}", "")
             whole = found.get("ChecksumType", "FULL_OBJECT") == "FULL_OBJECT" and "-" not in value  # "…-7": of 7 parts'
@@ -103,7 +86,9 @@ class S3Scheme:
         filler = Filler(buffer)
 
         async def fill() -> None:
-            reply = await self.fs._call_s3("get_object", Bucket=bucket, Key=key, Range=wanted, IfMatch=pin)  # noqa: SLF001
+            reply = await self.fs._call_s3(  # noqa: SLF001
+                "get_object", Bucket=bucket, Key=key, Range=wanted, IfMatch=_etag(pin)
+            )
             async with reply["Body"] as body:
                 check_reply(
                     status=reply["ResponseMetadata"]["HTTPStatusCode"],
@@ -111,8 +96,8 @@ class S3Scheme:
                     start=start,
                     size=len(buffer),
                 )
-                if reply["ETag"] != pin:
-                    raise changed(name, pin, reply["ETag"])
+                if (now := _pin(reply["ETag"], reply.get("VersionId"))) != pin:
+                    raise changed(name, pin, now)
                 async for chunk in body.iter_chunks(CHUNK):
                     filler.add(chunk)
             filler.finish()
@@ -136,7 +121,7 @@ class S3Scheme:
             return url
 
         agent = client.meta.config.user_agent_extra
-        return Address(self._call(sign), {"If-Match": pin, **({"User-Agent": agent} if agent else {})})
+        return Address(self._call(sign), {"If-Match": _etag(pin), **({"User-Agent": agent} if agent else {})})
 
     def _find_signer(self, bucket: str) -> Any:
         """A file system that signs for the bucket's own region: botocore follows the bucket there only with requests
@@ -154,11 +139,10 @@ class S3Scheme:
         return self.fs if region in (None, self.fs.s3.meta.region_name) else _open_fs(self._access, region)
 
     def pin_of(self, headers: Mapping[str, str], pin: str) -> str:
-        return headers.get("ETag", pin)
+        return _pin(headers.get("ETag", _etag(pin)), headers.get("x-amz-version-id"))
 
     def refusal(self, status: int, reason: str, body: bytes) -> Exception | None:
-        said = dict(_SAID.findall(body.decode(errors="replace")))
-        return _of_code(status, said.get("Code", ""), said.get("Message", reason))
+        return of_body(status, reason, body)
 
     def _call(self, call: Any) -> Any:
         """Run on the event loop; say in our words what went wrong."""
@@ -167,50 +151,22 @@ class S3Scheme:
         except Transient:
             raise
         except (ClientError, BotoCoreError, HttpError, OSError) as error:
-            translated = _translated(error)
-            if translated is error:
+            meant = translated(error)
+            if meant is error:
                 raise
-            raise translated from error
+            raise meant from error
 
 
-def _translated(error: BaseException) -> Exception:
-    """s3fs wraps the store's answer in an OSError of its own choice: the answer itself decides."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, ClientError):
-        cause = cause.__cause__
-    return _of_client(error) if cause is None else _of_answer(cause)
+def _pin(etag: str, version: str | None) -> str:
+    """The ETag, which is of the bytes; and in a bucket with versioning the version id, which is of this upload.
+
+    It is compared, and not asked for: to read a version by its id takes a permission more than to read the object.
+    """
+    return etag if version in {None, "null"} else f"{etag} {version}"
 
 
-def _of_client(error: BaseException) -> Exception:
-    """Without an answer: the client has no credentials, or the network failed it."""
-    if isinstance(error, FileNotFoundError | PermissionError):
-        return error
-    if isinstance(error, _CREDENTIALS):
-        return PermissionError(f"no usable credentials: {error}")
-    if isinstance(error, ParamValidationError):  # a bucket's name that cannot be one
-        return FileNotFoundError(" ".join(str(error).split()))
-    return Transient(told(error))
-
-
-def _of_answer(cause: ClientError) -> Exception:
-    answer = cause.response.get("Error", {})
-    status = cause.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    what = str(answer.get("Message", ""))
-    error = _of_code(status, str(answer.get("Code")), what) or Transient(f"status {status}: {what}".rstrip(":. "))
-    if isinstance(error, Transient):
-        headers = cause.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
-        error.retry_after = asked_wait(headers.get("retry-after"))
-    return error
-
-
-def _of_code(status: int, code: str, message: str) -> Exception | None:
-    named = "" if code in ("", str(status)) else f", {code}"
-    what = f"status {status}{named}: {message}".rstrip(":. ")
-    if code in FORBIDDEN:
-        return PermissionError(what)
-    if code in THROTTLED or code in TRANSIENT:
-        return Transient(what, throttled=code in THROTTLED)
-    return refusal(status, what)
+def _etag(pin: str) -> str:
+    return pin.partition(" ")[0]
 
 
 def open_scheme(access: Access) -> Scheme:

@@ -1,0 +1,84 @@
+"""Calls that hang in the kernel: who asked goes on, and the thread that hangs holds nobody up."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+from pathlib import Path
+
+import fsspec
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+
+from loader.errors import StoreError
+from loader.store.aside import Aside
+from loader.store.base import Access, Hung
+from loader.store.store import Store
+
+NAME = "model.safetensors"
+
+
+class Hanging(LocalFileSystem):
+    """Whose reads wait for ever for somebody to open the other end."""
+
+    protocol = "hanging"
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: object) -> bytes:
+        return Path(path).with_name("fifo").read_bytes()
+
+
+@pytest.fixture
+def directory(tmp_path) -> Path:
+    (tmp_path / NAME).write_bytes(bytes(1000))
+    os.mkfifo(tmp_path / "fifo")
+    return tmp_path
+
+
+def _release(directory: Path) -> None:
+    """Let the thread that hangs go: its end must not harm either."""
+    with (directory / "fifo").open("wb"):
+        pass
+
+
+def test_the_deadline_ends_a_read_of_a_client_that_hangs(directory):
+    fsspec.register_implementation("hanging", Hanging, clobber=True)
+    store = Store(Access(f"hanging://{directory}", {}, 1, 0.1), retries=3, deadline=1)
+    pin = store.stat(NAME).pin
+    begun = time.monotonic()
+    with pytest.raises(StoreError, match=rf"{NAME} bytes 0-9: .*read.deadline has passed, and cannot be interrupted"):
+        store.read(NAME, pin, 0, memoryview(bytearray(10)))
+    store.close()
+    assert time.monotonic() - begun < 8
+    _release(directory)
+
+
+def test_who_hung_once_may_ask_again_and_a_sign_of_life_counts(directory):
+    aside = Aside(0.5, math.inf)
+    with pytest.raises(Hung, match=r"nothing came for 0.5 s \(read.timeout\)"):
+        aside.call(lambda _: (directory / "fifo").read_bytes())
+    _release(directory)
+    lives = threading.Event()
+
+    def slowly(alive) -> str:
+        for _ in range(10):
+            lives.wait(0.1)
+            alive()
+        return "done"
+
+    assert aside.call(slowly) == "done"
+    with pytest.raises(FileNotFoundError):
+        aside.call(lambda _: (directory / "nothing").stat())
+    aside.close()
+
+
+def test_closing_ends_the_threads(directory):
+    aside = Aside(5, math.inf)
+    threads = [threading.Thread(target=aside.call, args=(lambda _: time.sleep(0),)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    aside.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "loader-file"]
