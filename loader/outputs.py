@@ -15,7 +15,7 @@ from loader.exchange.control import Control
 from loader.exchange.node import node_name
 from loader.place.layout import layout_of
 from loader.place.targets import held_in, targets_of
-from loader.report import Report
+from loader.report import Source
 from loader.sinks import assets, checkpoint, directory, local, manifest
 from loader.stream.planning import alike_on_all_ranks, pack, unpack
 from loader.uri import public_uri
@@ -102,25 +102,24 @@ class Outputs:
                 told = pack(needed)
             local.check_room(self.local, unpack(control.broadcast("rooms", told))[node_name()])
 
-    def save(self, model: Model, report: Report) -> None:
+    def save(self, model: Model, source: Source, fingerprint: str | None) -> None:
         """Write `model`, filled, on every rank. Without an entrypoint its memory is given up on the way."""
         if self.checkpoint is not None:
             with self._control.phase("save"):
                 checkpoint.save(targets_of(model), self.checkpoint)
         if self.local is not None:
-            self._save_local(self.local, model, report)
+            self._save_local(self.local, model, source, fingerprint)
 
-    def _save_local(self, path: str, model: Model, report: Report) -> None:
+    def _save_local(self, path: str, model: Model, source: Source, fingerprint: str | None) -> None:
         control = self._control
         with control.phase("save shards"):
             run = control.broadcast("run", uuid.uuid4().hex.encode() if control.rank == 0 else None).decode()
-            source = report.source
             local.save(
                 [(held, layout_of(held)) for held in held_in(model)],
                 path,
                 rank=control.rank,
                 world_size=control.world_size,
-                about={"run": run, "uri": source.uri, "pins": source.pins, "fingerprint": report.fingerprint},
+                about={"run": run, "uri": source.uri, "pins": source.pins, "fingerprint": fingerprint},
                 spend=self._wished.entrypoint is None,
                 go_on=self._go_on,
             )

@@ -7,6 +7,8 @@ from functools import partial
 
 import torch
 
+from loader import timeline
+from loader.account import report_on
 from loader.build import build_model, needless_keys, open_job, own_conversion, wishes_of
 from loader.config import Config, resolve_mesh
 from loader.exchange.control import Control
@@ -29,7 +31,7 @@ def run(config: Config, control: Control, device: torch.device) -> Callable[[], 
         user_program = resolve(config.output.entrypoint) if config.output.entrypoint else None
     with control.phase("mesh"):  # a collective: no rank may have failed before it
         mesh = make_mesh(dims, device.type)
-    with prepared(config.output, control) as outputs:
+    with timeline.traced(control, config.trace), prepared(config.output, control) as outputs:
         if outputs.all_there:
             return lambda: 0
         job = open_job(config, convert, control)
@@ -39,8 +41,9 @@ def run(config: Config, control: Control, device: torch.device) -> Callable[[], 
             model = build_model(config, job, mesh, device)
             needless, wishes = needless_keys(config, job, model), wishes_of(config, job, model)
         outputs.check_room(model)
-        report = job.load(model, mesh=dims, needless=needless, wishes=wishes, proof=config)
-        outputs.save(model, report)
+        filled = job.load(model, needless=needless, wishes=wishes, proof=config)
+        outputs.save(model, job.described(), filled.fingerprint)
+        report = report_on(job, filled, dims)
     with control.phase("report"):
         if control.rank == 0:
             print(report.table(), flush=True)  # noqa: T201 - what the command is asked for

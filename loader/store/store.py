@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from loader.errors import CatalogError, LoaderError, PinError, StoreError
 from loader.pause import Pause
@@ -33,6 +34,8 @@ from loader.uri import public_uri, split_uri
 
 T = TypeVar("T")
 
+_log = logging.getLogger(__name__)
+
 REFUSED = (
     ". Check the credentials (the usual chain: environment, profile, instance role; or source.storage_options), that "
     "they may list and read this prefix, the region and the endpoint"
@@ -45,25 +48,38 @@ HANGS = "See to the mount or the client, and start again"
 @dataclass(slots=True)
 class Tally:
     """What was asked of the bucket, as the bucket sees it: ranged GETs of files, and bytes of their bodies. Of these,
-    `hedged_bytes` may have come twice, for the first reply was late."""
+    `hedged_bytes` may have come twice, for the first reply was late; of the retries, `throttled` follow a reply that
+    asked for fewer requests."""
 
     gets: int = 0
     fetched_bytes: int = 0
     retries: int = 0
     hedged_bytes: int = 0
+    throttled: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    def add(self, *, gets: int = 0, fetched_bytes: int = 0, retries: int = 0, hedged_bytes: int = 0) -> None:
+    def add(
+        self, *, gets: int = 0, fetched_bytes: int = 0, retries: int = 0, hedged_bytes: int = 0, throttled: int = 0
+    ) -> None:
         with self._lock:
             self.gets += gets
             self.fetched_bytes += fetched_bytes
             self.retries += retries
             self.hedged_bytes += hedged_bytes
+            self.throttled += throttled
+
+
+class Asked(NamedTuple):
+    """What one range took. A GET is no retry where it asks again for what was late."""
+
+    gets: int
+    retries: int
 
 
 @dataclass(slots=True)
 class _Reading:
-    """A range on its way into `buffer`: `filled` bytes are there. `renewed`: with credentials that were made anew."""
+    """A range on its way into `buffer`: `filled` bytes are there, after so many `tries` and `gets`. `renewed`: with
+    credentials that were made anew."""
 
     name: str
     pin: str
@@ -71,6 +87,8 @@ class _Reading:
     buffer: memoryview
     counted: bool
     filled: int = 0
+    tries: int = 0
+    gets: int = 0
     renewed: bool = False
 
     @property
@@ -96,7 +114,7 @@ class Store:
         self._retries = retries
         self._until = time.monotonic() + deadline
         self._closed = threading.Event()
-        self._retry = Retry(retries, self._until, self._closed, pause or Pause(), lambda: self.tally.add(retries=1))
+        self._retry = Retry(retries, self._until, self._closed, pause or Pause(), self._count_retry)
         self._lock = threading.Lock()
         self._patience = Patience(access.timeout)
         self._flow = Flow(access.concurrency)
@@ -160,10 +178,9 @@ class Store:
             self._fill(name, stat.pin, 0, memoryview(buffer), counted=False)
         return bytes(buffer)
 
-    def read(self, name: str, pin: str, start: int, buffer: memoryview) -> None:
+    def read(self, name: str, pin: str, start: int, buffer: memoryview) -> Asked:
         """Fill `buffer` with the bytes from `start` on, of the version `pin`. Raises StoreError, PinError."""
-        if len(buffer):
-            self._fill(name, pin, start, buffer, counted=True)
+        return self._fill(name, pin, start, buffer, counted=True) if len(buffer) else Asked(0, 0)
 
     def close(self) -> None:
         """End waiting between tries: what is still being read fails."""
@@ -179,7 +196,7 @@ class Store:
                 except CatalogError as error:
                     raise StoreError(error.message) from error.__cause__
 
-    def _fill(self, name: str, pin: str, start: int, buffer: memoryview, *, counted: bool) -> None:
+    def _fill(self, name: str, pin: str, start: int, buffer: memoryview, *, counted: bool) -> Asked:
         reading = _Reading(name, pin, start, buffer, counted)
         where = f"{name} bytes {start}-{start + len(buffer) - 1}"
         try:
@@ -188,9 +205,11 @@ class Store:
             raise self._told(
                 StoreError, f"{where}: ", error, ": the store answered before, and refuses now"
             ) from self._secrets.cause(error)
+        return Asked(reading.gets, reading.tries - 1)
 
     def _read_rest(self, reading: _Reading) -> None:
         """Ask for what is not there yet; where that is late, for what is still not there, and then wait for it."""
+        reading.tries += 1
         if not self._ask_for_rest(reading, hedged=True):
             self._ask_for_rest(reading, hedged=False)
 
@@ -227,13 +246,14 @@ class Store:
             raise Transient(f"refused, and asked again with credentials made anew: {error}") from error
         finally:
             reading.filled += got
+            reading.gets += 1
             if reading.counted:
                 self.tally.add(gets=1, fetched_bytes=got)
         return True
 
     def _try(self, call: Callable[[], T], what: str) -> T:
         try:
-            return self._retry(call)
+            return self._retry(call, what)
         except Transient as error:
             how = f"{error.tries} tries; read.retries is {self._retries}"
             how += "; read.deadline has passed" if time.monotonic() >= self._until else ""
@@ -244,6 +264,10 @@ class Store:
             raise
         except Exception as error:  # noqa: BLE001 - a client library's, in a case that its scheme does not know
             raise self._told(StoreError, f"{what}: ", told(error)) from self._secrets.cause(error)
+
+    def _count_retry(self, what: str, error: Transient, seconds: float) -> None:
+        self.tally.add(retries=1, throttled=error.throttled)
+        _log.debug("%s: %s; again in %.1f s", what, self._secrets.hide(str(error)), seconds)
 
     def _told(self, kind: type[LoaderError], before: str, error: object, after: str = "") -> LoaderError:
         """The error of our own that tells another, without its secrets."""
