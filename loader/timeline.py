@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from loader.errors import LoaderError, LostRankError, SinkError
 from loader.exchange.clocks import Offset, clock_offset
 from loader.exchange.control import Control
-from loader.recording import Event, Recorder
+from loader.recording import Event
 from loader.sinks.document import write_document
 from loader.stream.planning import pack, unpack
 
@@ -34,7 +34,7 @@ _log = logging.getLogger(__name__)
 
 
 class Head(NamedTuple):
-    """Of a rank's part: `begun` on rank 0's clock."""
+    """Of a rank's part: `begun` is when its first span did, on rank 0's clock."""
 
     rank: int
     host: str
@@ -68,9 +68,10 @@ def traced(control: Control, path: str | None) -> Iterator[None]:
 
 
 def _part(control: Control, offset: Offset) -> bytes:
-    recorder: Recorder = control.recorder
-    head = Head(control.rank, socket.gethostname(), recorder.begun - offset.seconds, offset, dict(recorder.left_out))
-    return pack((head, pack([tuple(event) for event in recorder.events()])))
+    events, left_out = control.recorder.events(), dict(control.recorder.left_out)
+    begun = events[0].begun - offset.seconds
+    head = Head(control.rank, socket.gethostname(), begun, offset, left_out)
+    return pack((head, pack([tuple(event) for event in events])))
 
 
 def _rescue(control: Control, path: str, offset: Offset) -> None:

@@ -23,6 +23,9 @@ LISTED = 5
 
 __all__ = ["Bound", "Checksum", "Memory", "RankReport", "Reading", "Report", "Seconds", "Source", "merge"]
 
+WORTHWHILE = 1.0
+"""Seconds that the worst must have taken for advice on it."""
+
 
 class Source(Part):
     """`files` is how many there are, `pins` are by file name; `uri` is kept without what may be secret in it."""
@@ -153,7 +156,9 @@ def merge(
     fetched = sum(each.fetched_bytes for each in ranks)
     peaks = [each.peak_over_shards_bytes for each in ranks if each.peak_over_shards_bytes is not None]
     ratio = fetched / needed_bytes if needed_bytes else None
-    bound = bound_by(spent(ranks))
+    times = spent(ranks)
+    bound = bound_by(times)
+    worthwhile = times[bound] >= WORTHWHILE
     return Report(
         source=source,
         world_size=len(ranks),
@@ -169,7 +174,7 @@ def merge(
         memory=Memory(budget_bytes=budget_bytes, peak_over_shards_bytes=max(peaks, default=None)),
         seconds=Seconds(**{name: max(getattr(each.seconds, name) for each in ranks) for name in Seconds.model_fields}),
         bound_by=bound,
-        advice=advise(bound, ranks, Reading(*reading, ratio)) if reading else None,
+        advice=advise(bound, ranks, Reading(*reading, ratio)) if reading and worthwhile else None,
         fingerprint=fingerprint,
         checksums=None if checksums is None else dict(checksums),
         predicted=predicted,

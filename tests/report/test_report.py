@@ -120,7 +120,8 @@ def test_advice_is_in_the_json_and_the_table_where_there_is_any():
     assert report.bound_by == "exchange"
     assert json.loads(report.to_json())["advice"] == report.advice
     assert report.table().splitlines()[-1] == f"advice    {report.advice}"
-    assert "advice" not in json.loads(job(rank(0, seconds=Seconds(total=9)), reading=("world", 16)).to_json())
+    for no in (Seconds(total=9), Seconds(total=1, exchange=0.9)):  # none to give, or nothing to gain
+        assert "advice" not in json.loads(job(rank(0, seconds=no), reading=("world", 16)).to_json())
 
 
 BUCKET = {"seconds": Seconds(total=10, read=9), "gets": 100, "fetched_bytes": 800_000_000, "get_seconds": 144.0}
