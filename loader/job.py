@@ -27,6 +27,7 @@ from loader.memory import PeakMemory, anonymous_bytes
 from loader.place.initialise import initialiser
 from loader.place.targets import Target, targets_of
 from loader.place.user_code import resolve
+from loader.progress import Show
 from loader.store.base import Access
 from loader.store.schemes import client_bytes, import_scheme
 from loader.store.source import Source, read_source
@@ -131,11 +132,13 @@ class Job:
         needless: Collection[str] = (),
         wishes: Wishes | None = None,
         proof: Proof | None = None,
+        show: Show | None = "bar",
     ) -> Filled:
         """Fill `target`, on every rank; see `loader.account`. `needless` are visible keys that need no target; `wishes`
-        say in what a target, which is a module, may differ from the checkpoint; `proof` what is to be proved of it."""
+        say in what a target, which is a module, may differ from the checkpoint; `proof` what is to be proved of it;
+        `show` how the progress is shown."""
         try:
-            return self._load(target, needless, wishes, proof or Proof())
+            return self._load(target, needless, wishes, proof or Proof(), show)
         finally:
             self.memory.stop()
             self.store.close()
@@ -146,6 +149,7 @@ class Job:
         needless: Collection[str],
         wishes: Wishes | None,
         proof: Proof,
+        show: Show | None,
     ) -> Filled:
         with self.control.phase("place"):
             targets = targets_of(target)
@@ -156,7 +160,7 @@ class Job:
             first_values = [initialiser(target, each) for each in new] if isinstance(target, nn.Module) else []
             sourced = [each for each in targets if each.fqn not in fitted.new]
         wanted = self.wanted(needless)
-        loaded = self.fill(sourced, seen_in(*wanted), self.control, show=True)
+        loaded = self.fill(sourced, seen_in(*wanted), self.control, show=show)
         with self.control.phase("initialise"):
             for initialise_one in first_values:
                 initialise_one()
@@ -170,7 +174,9 @@ class Job:
         """The outputs, fitted to a model's tensors: by all the FQNs of each its shape."""
         return fit(self.outputs, tensors, wishes or Wishes(Vocabulary(size=self.vocab_size())), self.declared_ties)
 
-    def fill(self, targets: Sequence[Target], wanted: Collection[int], control: Control, *, show: bool) -> Loaded:
+    def fill(
+        self, targets: Sequence[Target], wanted: Collection[int], control: Control, *, show: Show | None
+    ) -> Loaded:
         """Fill `targets` alone, for the ranks of `control`; the keys of these numbers must be used."""
         manner = Manner(
             share=self.read.share,

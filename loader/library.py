@@ -117,7 +117,7 @@ def iter_convert(
     for batch in _batches(job, waiting):
         tensors = {fqn: _empty(node, job.dtype_of(node)) for fqn, node in batch.items()}
         with Control(None, 0, 1) as control:
-            job.fill(targets_of(tensors), (), control, show=False)
+            job.fill(targets_of(tensors), (), control, show=None)
         while tensors:
             fqn = next(iter(tensors))
             yield fqn, tensors.pop(fqn)

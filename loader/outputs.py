@@ -13,6 +13,7 @@ from loader.config import Output
 from loader.errors import LoaderError
 from loader.exchange.control import Control
 from loader.exchange.node import node_name
+from loader.logs import Voice
 from loader.place.layout import layout_of
 from loader.place.targets import held_in, targets_of
 from loader.report import Source
@@ -22,9 +23,9 @@ from loader.uri import public_uri
 
 
 @contextmanager
-def prepared(wished: Output, control: Control) -> Iterator[Outputs]:
+def prepared(wished: Output, control: Control, voice: Voice) -> Iterator[Outputs]:
     """The outputs of `wished` that are to be written, emptied again if the run fails."""
-    outputs = Outputs(wished, control)
+    outputs = Outputs(wished, control, voice)
     try:
         outputs.prepare()
         yield outputs
@@ -36,7 +37,8 @@ def prepared(wished: Output, control: Control) -> Iterator[Outputs]:
 class Outputs:
     """`checkpoint` and `local` as the config has them; None where there is none, or a complete one is to be used."""
 
-    def __init__(self, wished: Output, control: Control) -> None:
+    def __init__(self, wished: Output, control: Control, voice: Voice) -> None:
+        self._voice = voice
         self._wished = wished
         self._control = control
         self._first_of_node = int(os.environ.get("LOCAL_RANK", "0")) == 0
@@ -63,7 +65,7 @@ class Outputs:
         if wanted:
             self.checkpoint = url
         elif control.rank == 0:
-            print(f"{public_uri(url)} holds a complete checkpoint: used as it is", flush=True)  # noqa: T201
+            self._voice.say(f"{public_uri(url)} holds a complete checkpoint: used as it is")
 
     def _prepare_local(self, path: str) -> None:
         """Complete are shards that one run left on every node; what only some nodes have is reclaimed."""
@@ -73,7 +75,7 @@ class Outputs:
             complete = alike_on_all_ranks(control, "complete", found.run if found else None)
             if complete and not directory.prepare(path, if_exists, directory.SHARDS):
                 if control.rank == 0:
-                    print(f"{path} holds complete shards: used as they are", flush=True)  # noqa: T201
+                    self._voice.say(f"{path} holds complete shards: used as they are")
                 return
         self.local = path
         with control.phase("local directory"):

@@ -83,9 +83,10 @@ class Recorder:
 
 
 class Span:
-    """A stretch of time on one thread. `facts` may be added to until it ends; spans in it take `within` seconds."""
+    """A stretch of time on one thread. `facts` may be added to until it ends: then it `took` so many seconds, and spans
+    in it took `within` of these."""
 
-    __slots__ = ("_begun", "_outer", "_recorder", "facts", "name", "within")
+    __slots__ = ("_begun", "_outer", "_recorder", "facts", "name", "took", "within")
 
     def __init__(self, recorder: Recorder, name: str, facts: dict[str, int | str]) -> None:
         self._recorder = recorder
@@ -101,7 +102,7 @@ class Span:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        took = self._recorder.clock() - self._begun
+        took = self.took = self._recorder.clock() - self._begun
         if kind is not None:
             self.facts["error"] = kind.__name__
         if self._outer is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr
 
 from loader.errors import LoaderError, LostRankError
 from loader.exchange.watch import BEAT, Watch
+from loader.progress import Reached
 from loader.recording import Recorder
 
 POLL = (0.001, 0.1)
@@ -28,6 +30,8 @@ LEAVING = 0.02
 torchrun agent is gone, and hosted the rendezvous, the next agent fails for that and tells no cause."""
 
 _loads = itertools.count()
+
+_log = logging.getLogger(__name__)
 
 
 class Control(Watch):
@@ -67,7 +71,7 @@ class Control(Watch):
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Work that every rank does: ends on all ranks together, or raises the first error on all."""
-        with self.recorder.span(name):
+        with self.recorder.span(name) as span:
             try:
                 yield
             except BaseException as error:
@@ -76,6 +80,7 @@ class Control(Watch):
                     raise
                 raise stands from error
             self.agree(name)
+        _log.debug("%s: %.2f s", name, span.took)
 
     def agree(self, name: str) -> None:
         """Wait until every rank came here. Raises the job's error if there is one instead."""
@@ -146,11 +151,12 @@ class Control(Watch):
 
         return self.ask(look)
 
-    def progress(self) -> int:
-        """The job's `done_bytes`, as of the last beats."""
+    def progress(self) -> list[Reached]:
+        """How far each rank is, as of the last beats; nothing while one has not beat yet."""
         names = [f"beat/{rank}" for rank in range(self.world_size)]
         beats = self.ask(lambda: self._store.multi_get(names) if self._store.check(names) else [])
-        return sum(int(bytes(beat).partition(b" ")[2]) for beat in beats)
+        told = (bytes(beat).decode().rsplit(" ", 2) for beat in beats)
+        return [Reached(host.rpartition(":")[0], int(done), int(todo)) for host, done, todo in told]
 
     def _put(self, name: str, payload: bytes) -> None:
         if name not in self._payloads:

@@ -7,7 +7,7 @@ bytes, times in seconds. Null stands for what was not, or could not be, measured
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import humanize
 from pydantic import field_validator
@@ -89,6 +89,10 @@ class Report(Part):
     def to_json(self) -> str:
         absent = {name for name in ("hedged_bytes", "advice", "checksums", "predicted") if not getattr(self, name)}
         return self.model_dump_json(indent=2, exclude=absent) + "\n"
+
+    def summary(self) -> dict[str, Any]:
+        """The JSON's fields that are the whole job's, without the pins."""
+        return self.model_dump(mode="json", exclude_none=True, exclude={"ranks": True, "source": {"pins"}})
 
     def write(self, path: str) -> None:
         """Write the JSON to a local path or any fsspec URL: whole or not at all. Raises SinkError."""

@@ -31,8 +31,8 @@ class Seconds(Part):
 
 class RankReport(Part):
     """Sizes are in bytes. Not in the JSON's `ranks` are `retries` and `hedged_bytes`, which are summed into the job's,
-    and what tells why it took so long: how many GETs were `throttled`, for how many seconds GETs were in flight, all together, and how
-    many `threads` torch computes with.
+    and what tells why it took so long: how many GETs were `throttled`, for how many seconds GETs were in flight, all
+    together, and how many `threads` torch computes with.
     """
 
     rank: int

@@ -6,8 +6,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple, TypeVar
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from loader.errors import CatalogError, LoaderError, PinError, StoreError
 from loader.pause import Pause
@@ -30,6 +30,7 @@ from loader.store.patience import Patience
 from loader.store.retry import Retry
 from loader.store.schemes import open_scheme
 from loader.store.secrets import Secrets
+from loader.store.tally import Asked, Tally
 from loader.uri import public_uri, split_uri
 
 T = TypeVar("T")
@@ -43,37 +44,6 @@ REFUSED = (
 UNREACHED = "Check the endpoint and the network, or raise read.retries or read.deadline"
 
 HANGS = "See to the mount or the client, and start again"
-
-
-@dataclass(slots=True)
-class Tally:
-    """What was asked of the bucket, as the bucket sees it: ranged GETs of files, and bytes of their bodies. Of these,
-    `hedged_bytes` may have come twice, for the first reply was late; of the retries, `throttled` follow a reply that
-    asked for fewer requests."""
-
-    gets: int = 0
-    fetched_bytes: int = 0
-    retries: int = 0
-    hedged_bytes: int = 0
-    throttled: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-
-    def add(
-        self, *, gets: int = 0, fetched_bytes: int = 0, retries: int = 0, hedged_bytes: int = 0, throttled: int = 0
-    ) -> None:
-        with self._lock:
-            self.gets += gets
-            self.fetched_bytes += fetched_bytes
-            self.retries += retries
-            self.hedged_bytes += hedged_bytes
-            self.throttled += throttled
-
-
-class Asked(NamedTuple):
-    """What one range took. A GET is no retry where it asks again for what was late."""
-
-    gets: int
-    retries: int
 
 
 @dataclass(slots=True)

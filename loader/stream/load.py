@@ -21,9 +21,10 @@ from loader.plan.catalog import Catalog
 from loader.plan.claims import Claims, Spans
 from loader.plan.plan import Share
 from loader.plan.schedule import Schedule
-from loader.progress import Progress
+from loader.progress import Progress, Show
 from loader.recording import Recorder
-from loader.store.store import Asked, Store
+from loader.store.store import Store
+from loader.store.tally import Asked
 from loader.stream.checksums import Checked, Checks
 from loader.stream.demand import make_demand
 from loader.stream.pipeline import Pipeline
@@ -69,13 +70,13 @@ def fill(
     memory: PeakMemory,
     *,
     claims: Claims | None = None,
-    show: bool,
+    show: Show | None,
 ) -> Loaded:
     """Fill `targets` from the catalogued files, and check `claims` of these. Collective; either every rank returns or
     every rank raises one error.
 
     `wanted` are the numbers of the catalog's keys that must be used (see `make_demand`). `memory` is started by the
-    caller and stopped here. `show` is whether rank 0 shows the progress.
+    caller and stopped here. `show` is how rank 0 shows the progress.
     """
     with control.phase("budget"):
         together = partners(outputs.values())
@@ -104,7 +105,8 @@ def fill(
             slots=terms.limits.rounds_in_flight,
             concurrency=store.most_at_once,
         )
-        _run(pipeline, control, planned.read_bytes if show else None)
+        control.todo_bytes = schedule.read_bytes
+        _run(pipeline, control, planned.read_bytes, show if control.rank == 0 else None)
     checked = None
     if checks is not None:
         with control.phase("checksums"):
@@ -151,12 +153,11 @@ def _transport(control: Control, manner: Manner) -> Iterator[Transport | None]:
             made[0].close()
 
 
-def _run(pipeline: Pipeline, control: Control, total: int | None) -> None:
+def _run(pipeline: Pipeline, control: Control, total: int, show: Show | None) -> None:
     with control.phase("rounds"):
-        if control.rank == 0 and total is not None:
-            with Progress(total) as progress:
-                _wait_for(pipeline.run, control, "loader-rounds", lambda: progress.update_to(control.progress()))
-                progress.update_to(total)
+        if show is not None:
+            with Progress(total, show) as progress:
+                _wait_for(pipeline.run, control, "loader-rounds", lambda: progress.look(control.progress))
         else:
             _wait_for(pipeline.run, control, "loader-rounds")
 

@@ -23,7 +23,7 @@ from loader.place.landing import Landings
 from loader.plan.catalog import Catalog
 from loader.plan.geometry import Box
 from loader.plan.schedule import Message, Read, Receive, Round, Schedule
-from loader.store.store import Asked
+from loader.store.tally import Asked
 from loader.stream.buffers import Slot, as_tensor
 
 LOOK = 0.2
@@ -48,7 +48,7 @@ class Pipeline:
     took. `transport` may be None where the plan sends nothing. `concurrency` is how many ranges are read at once.
 
     The control's recorder gets a span GET for each range; read, while a range is waited for that is next; exchange,
-    while a message is packed and sent, or waited for; write, while a shard is written, and convert within it; room,
+    while a message is packed and sent, or waited for; write, while a shard is written, and convert within it; slot,
     while all rounds in flight are waited for.
     """
 
@@ -109,7 +109,7 @@ class Pipeline:
         return self._flights[place : place + 1] if self._opened < self._rounds else []
 
     def _wait_for(self, flights: Sequence[_Open]) -> None:
-        with self._recorder.span("room"):
+        with self._recorder.span("slot"):
             wait([flight.done for flight in flights])
 
     def _open_next(self) -> None:
