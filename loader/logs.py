@@ -39,10 +39,8 @@ class Voice:
         """On stdout: what the command is asked for, unless it is to be quiet. With `fields`, JSON has these, and of
         `text` its first word alone."""
         if self.level <= logging.INFO:
-            print(
-                self._line("info", text.partition(" ")[0] if fields else text, fields) if self.as_json else text,
-                flush=True,
-            )
+            told = self._line("info", text.partition(" ")[0] if fields else text, fields) if self.as_json else text
+            print(told, flush=True)  # noqa: T201
 
     def end(self, text: str, **fields: Any) -> None:
         """On stderr: why the load failed."""

@@ -42,7 +42,7 @@ GONE = "gone"
 
 class Watch:
     """One rank's watch. `peers` are the ranks that it exchanges with; with its beats it tells how many bytes it has
-    read, `done_bytes`, of how many, `todo_bytes`, and its `pause` to the ranks of its node, and theirs to it."""
+    read, of how many, which is `todo_bytes`, and its `pause` to the ranks of its node, and theirs to it."""
 
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
         self.rank = rank
@@ -75,6 +75,11 @@ class Watch:
         self._changed.set()
         self._thread.join(timeout=2 * BEAT)
         self._caller.close()
+
+    def has_read(self, size: int) -> None:
+        """So many bytes more have arrived, on any thread: to be told with the beats."""
+        with self._lock:
+            self.done_bytes += size
 
     # Errors
 

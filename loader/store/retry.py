@@ -46,7 +46,8 @@ class Retry:
         self._again = again
 
     def __call__(self, call: Callable[[], T], what: str) -> T:
-        """What `call()` returns, which is to get `what`, or raises but for Transient; or the last Transient, with the number of `tries`."""
+        """What `call()` returns, which is to get `what`; or what it raises, but for Transient: then the last one, with
+        the number of `tries`."""
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Transient),
             wait=_wait,

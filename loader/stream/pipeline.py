@@ -142,13 +142,13 @@ class Pipeline:
                 name = self._catalog.files[read.file].name
                 with self._recorder.span("GET", file=name, start=read.start, bytes=read.size) as span:
                     span.facts |= self._read_range(read.file, read.start, memory)._asdict()
+                self._control.has_read(read.size)
 
     def _send(self, flight: _Open) -> None:
         """Send each extent as soon as it is there, and leave it to the writer to take what the others send."""
         slot = self._slots[flight.round.number % len(self._slots)]
         for read, memory, future in flight.reads:
             arrived = self._await_read(future)
-            self._control.done_bytes += read.size if arrived else 0
             for message, ranks in read.sends:
                 assert self._transport is not None, "a rank alone exchanges nothing"
                 with self._recorder.span("exchange", bytes=message.size, to=len(ranks)):
