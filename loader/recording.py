@@ -99,6 +99,10 @@ class Span:
         self._begun = self._recorder.clock()
         return self
 
+    def begin_later(self, seconds: float) -> None:
+        """Leave out the first `seconds`, which were waited for something else."""
+        self._begun += seconds
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:

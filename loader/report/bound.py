@@ -9,6 +9,7 @@ import humanize
 
 from loader.plan.forecast import CONNECTION
 from loader.report.rank import RankReport
+from loader.store.flow import MOST
 
 Bound = Literal["bucket", "exchange", "convert", "write", "sink", "catalog", "plan", "start"]
 
@@ -92,6 +93,7 @@ def _for_the_bucket(ranks: Sequence[RankReport], reading: Reading) -> str:
         return f"read.memory_budget: {few}, for there was no room for more"
     each = slowest.fetched_bytes / slowest.get_seconds
     rate = f"{humanize.naturalsize(each)}/s over each of {in_flight:.0f} connections"
-    if each >= CONNECTION / 2:
+    found = slowest.gets >= 6 * reading.concurrency and in_flight < 0.75 * MOST  # how many bring most, in time
+    if each >= CONNECTION / 2 and not found:
         return f"read.concurrency: {rate} is what an object store gives one; more would give more"
     return f"the link is full, at {rate}: no setting helps, but more hosts, or a bucket that is nearer"

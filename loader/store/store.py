@@ -48,8 +48,8 @@ HANGS = "See to the mount or the client, and start again"
 
 @dataclass(slots=True)
 class _Reading:
-    """A range on its way into `buffer`: `filled` bytes are there, after so many `tries` and `gets`. `renewed`: with
-    credentials that were made anew."""
+    """A range on its way into `buffer`: `filled` bytes are there. It took so many `tries` and `gets`, and `waited` for a
+    place so many seconds. `renewed`: with credentials that were made anew."""
 
     name: str
     pin: str
@@ -59,6 +59,7 @@ class _Reading:
     filled: int = 0
     tries: int = 0
     gets: int = 0
+    waited: float = 0.0
     renewed: bool = False
 
     @property
@@ -150,7 +151,7 @@ class Store:
 
     def read(self, name: str, pin: str, start: int, buffer: memoryview) -> Asked:
         """Fill `buffer` with the bytes from `start` on, of the version `pin`. Raises StoreError, PinError."""
-        return self._fill(name, pin, start, buffer, counted=True) if len(buffer) else Asked(0, 0)
+        return self._fill(name, pin, start, buffer, counted=True) if len(buffer) else Asked(0, 0, 0.0)
 
     def close(self) -> None:
         """End waiting between tries: what is still being read fails."""
@@ -175,7 +176,7 @@ class Store:
             raise self._told(
                 StoreError, f"{where}: ", error, ": the store answered before, and refuses now"
             ) from self._secrets.cause(error)
-        return Asked(reading.gets, reading.tries - 1)
+        return Asked(reading.gets, reading.tries - 1, reading.waited)
 
     def _read_rest(self, reading: _Reading) -> None:
         """Ask for what is not there yet; where that is late, for what is still not there, and then wait for it."""
@@ -187,9 +188,11 @@ class Store:
         """Whether it came; if `hedged`, it may also have been late."""
         got, scheme, again = 0, self._scheme, min(PIECE, len(reading.rest))
         try:
+            asked = time.monotonic()
             with self._flow.place():
                 self._retry.wait_out_the_pause()  # it may have been asked for since this range began to wait
                 begun = time.monotonic()
+                reading.waited += begun - asked
                 silence = self._patience.seconds(again) if hedged else self._access.timeout
                 scheme.read(reading.name, reading.pin, reading.start + reading.filled, reading.rest, silence)
             got = len(reading.rest)

@@ -32,7 +32,9 @@ class Tally:
 
 
 class Asked(NamedTuple):
-    """What one range took. A GET is no retry where it asks again for what was late."""
+    """What one range took. A GET is no retry where it asks again for what was late. For so many seconds it `waited` for
+    a place among those that are read at once."""
 
     gets: int
     retries: int
+    waited: float

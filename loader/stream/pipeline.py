@@ -141,7 +141,9 @@ class Pipeline:
             if self._control.error is None:
                 name = self._catalog.files[read.file].name
                 with self._recorder.span("GET", file=name, start=read.start, bytes=read.size) as span:
-                    span.facts |= self._read_range(read.file, read.start, memory)._asdict()
+                    asked = self._read_range(read.file, read.start, memory)
+                    span.begin_later(asked.waited)
+                    span.facts |= {"gets": asked.gets, "retries": asked.retries}
                 self._control.has_read(read.size)
 
     def _send(self, flight: _Open) -> None:

@@ -124,6 +124,7 @@ def test_advice_is_in_the_json_and_the_table_where_there_is_any():
         assert "advice" not in json.loads(job(rank(0, seconds=no), reading=("world", 16)).to_json())
 
 
+MANY = {"get_seconds": 540.0, "fetched_bytes": 27_000_000_000, "gets": 3000}
 BUCKET = {"seconds": Seconds(total=10, read=9), "gets": 100, "fetched_bytes": 800_000_000, "get_seconds": 144.0}
 
 
@@ -133,7 +134,17 @@ BUCKET = {"seconds": Seconds(total=10, read=9), "gets": 100, "fetched_bytes": 80
         ({"throttled": 6}, ("none", 16), "read.concurrency: the bucket throttled 24 of 400 GETs"),
         ({}, ("none", 16), "read.share: world reads each byte once; it was 2.0 times"),
         ({}, ("world", 16), "the link is full, at 5.6 MB/s over each of 16 connections"),
-        ({"get_seconds": 14.4}, ("world", 2), "read.concurrency: 55.6 MB/s over each of 2 connections"),
+        (MANY, ("world", 16), "read.concurrency: 50.0 MB/s over each of 60 connections"),
+        (
+            MANY | {"seconds": Seconds(total=30, read=27)},
+            ("world", 16),
+            "the link is full, at 50.0 MB/s over each of 20",
+        ),
+        (
+            MANY | {"seconds": Seconds(total=30, read=27), "gets": 90},
+            ("world", 16),
+            "read.concurrency: 50.0 MB/s over ",
+        ),
         ({"get_seconds": 14.4}, ("world", 16), "read.memory_budget: 2 of 16 ranges were in flight"),
         ({"get_seconds": 14.4, "gets": 3}, ("world", 16), "read.range_size: 2 of 16 ranges were in flight"),
         ({"seconds": Seconds(total=9, exchange=8)}, ("world", 16), "read.share: node"),
