@@ -40,7 +40,7 @@ def _config(directory: Path, uri: str, options: dict[str, Any], **sections: Any)
         "source": {"uri": uri, "storage_options": options},
         "model": {"builder": None},
         "mesh": {"dp_replicate": RANKS},
-        "read": {"range_size": "64KiB", "memory_budget": "64MiB", "retries": 1},
+        "read": {"range_size": "64KiB", "memory_budget": "64MiB", "retries": 1, "concurrency": 4},
         "report": str(directory / "report.json"),
         "trace": str(directory / "trace.json"),
         **sections,
@@ -100,6 +100,15 @@ def test_reads_are_there_range_by_range(loaded):
     starts = sorted((each["args"]["start"], each["args"]["bytes"]) for each in _of(spans, "GET"))
     assert all(start + size == after for (start, size), (after, _) in itertools.pairwise(starts))
     assert sum(size for _, size in starts) == report["needed_bytes"]
+
+
+def test_a_range_that_waits_for_its_turn_is_not_in_flight(loaded):
+    _, spans, _ = loaded
+    for rank in range(RANKS):
+        gets = _of(spans, "GET", rank)
+        first_end = min(each["ts"] + each["dur"] for each in gets)
+        assert len(gets) > 12
+        assert 0 < len([each for each in gets if each["ts"] < first_end]) <= 8  # 4, and who was quick to follow
 
 
 def test_exchange_writes_phases_and_the_sink_are_there(loaded):

@@ -48,8 +48,8 @@ HANGS = "See to the mount or the client, and start again"
 
 @dataclass(slots=True)
 class _Reading:
-    """A range on its way into `buffer`: `filled` bytes are there. It took so many `tries` and `gets`, and `waited` for a
-    place so many seconds. `renewed`: with credentials that were made anew."""
+    """A range on its way into `buffer`: `filled` bytes are there, after so many `tries` and `gets`. It `waited` so
+    many seconds for a place. `renewed`: with credentials that were made anew."""
 
     name: str
     pin: str
