@@ -10,13 +10,6 @@ step() {
     "$@" || failed+=("$*")
 }
 
-# The pages that the loader makes are opened in a real browser.
-if ! command -v chromium >/dev/null; then
-    { apt-get update -qq && apt-get install -qq --no-install-recommends chromium >/dev/null; } || {
-        echo "FAILED: the tests need chromium: install it (Debian: apt-get install chromium, as root)" >&2
-        exit 1
-    }
-fi
 install || { echo "FAILED: installing into .venv" >&2; exit 1; }
 export PATH=$PWD/.venv/bin:$PATH
 step ruff check .

@@ -7,6 +7,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from tests.debian import install
+
 OPTIONS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
     "--disable-background-networking", "--disable-component-update", "--enable-logging=stderr",
@@ -16,6 +18,7 @@ OPTIONS = [
 
 def opened(page: Path) -> tuple[str, list[str]]:
     """The document as it is when the page has loaded, and what it said on the console, errors among it."""
+    install(["chromium"], ["chromium"])
     with tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True) as profile:
         done = subprocess.run(
             ["chromium", *OPTIONS, f"--user-data-dir={profile}", "--dump-dom", page.as_uri()],

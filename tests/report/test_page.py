@@ -17,6 +17,8 @@ from loader.report.__main__ import main
 from loader.stream.planning import pack
 from tests.browser import opened
 
+pytestmark = pytest.mark.timeout(700)  # the first on a machine installs the browser
+
 SLOW = 3
 """The rank that takes longest, of however many."""
 
