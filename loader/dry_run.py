@@ -17,6 +17,7 @@ from loader.errors import ConfigError
 from loader.exchange.control import Control
 from loader.exchange.group import fake_group
 from loader.job import Job
+from loader.logs import Voice
 from loader.place.everywhere import Everywhere
 from loader.place.mesh import make_mesh
 from loader.place.user_code import resolve
@@ -44,7 +45,7 @@ class World(NamedTuple):
         return np.arange(self.size) // self.ranks_per_host
 
 
-def dry_run(config: Config, control: Control, world: World) -> None:
+def dry_run(config: Config, control: Control, world: World, voice: Voice) -> None:
     """Read headers, build on meta, prove the coverage, plan, report: in one process."""
     with control.phase("start"):
         if min(world) <= 0:
@@ -70,7 +71,7 @@ def dry_run(config: Config, control: Control, world: World) -> None:
             checkable(job.source.claims, outlook.reads, job.source.catalog)
     with control.phase("report"):
         report = _report(job, dims, world, foresight, outlook, tensors=len(builds[0][1].wanted))
-        print(report.table(), flush=True)  # noqa: T201 - what the command is asked for
+        voice.say(report.table(), **report.summary())
         if config.report is not None:
             report.write(config.report)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import signal
 import sys
@@ -21,6 +22,7 @@ from loader.errors import LoaderError, TerminatedError
 from loader.exchange.control import Control
 from loader.exchange.group import own_device, process_group
 from loader.exchange.watch import BEAT, LOST_AFTER
+from loader.logs import Voice
 from loader.run import run
 
 LEAVE = 3.0
@@ -30,6 +32,8 @@ LEAVE = 3.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse arguments, run, and return the exit code; an error ends the process (see `end`)."""
     given = _parser().parse_intermixed_args(argv)
+    voice = Voice(int(os.environ.get("RANK", "0")), given.level, given.log_format == "json")
+    voice.start()
     world = World(given.world_size, given.ranks_per_host, given.bucket_gbps, given.peer_gbps) if given.dry_run else None
     if world and os.environ.get("RANK", "0") != "0":
         return 0  # rank 0 foresees for all
@@ -43,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with nullcontext() if world else process_group(device):
         with Control.of_group() as control, _sigterm_told(control):
             try:
-                go_on = _run(config, control, device, world)
+                go_on = _run(config, control, device, world, voice)
             except Exception as error:  # noqa: BLE001 - what no phase caught is told as a bug of ours
-                end(control.fail(error), control)
+                end(control.fail(error), control, voice)
         code = go_on()
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, for another rank's code: this one's is decided
         return code
@@ -83,6 +87,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="read headers alone; print and report what would be done"
     )
+    parser.add_argument(
+        "--quiet", dest="level", action="store_const", const=logging.WARNING, help="warnings and errors alone"
+    )
+    parser.add_argument(
+        "--verbose", dest="level", action="store_const", const=logging.DEBUG, help="every step and retry of every rank"
+    )
+    parser.add_argument(
+        "--log-format", choices=("text", "json"), default="text", help="json: a line for each thing that is said"
+    )
+    parser.set_defaults(level=logging.INFO)
     foreseen = parser.add_argument_group("the job that a dry run foresees")
     for name, default, text in (
         ("world-size", int(os.environ.get("WORLD_SIZE", "1")), "ranks; default: WORLD_SIZE, else 1"),
@@ -95,18 +109,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(
-    config: Config | LoaderError, control: Control, device: torch.device, world: World | None
+    config: Config | LoaderError, control: Control, device: torch.device, world: World | None, voice: Voice
 ) -> Callable[[], int]:
     with control.phase("config"):
         if isinstance(config, LoaderError):
             raise config
     if world is None:
-        return run(config, control, device)
-    dry_run(config, control, world)
+        return run(config, control, device, voice)
+    dry_run(config, control, world, voice)
     return lambda: 0
 
 
-def end(error: LoaderError, control: Control) -> NoReturn:
+def end(error: LoaderError, control: Control, voice: Voice) -> NoReturn:
     """Tell the error, wait until all ranks have, and end the process with its exit code.
 
     The rank on which it began tells all of it, a traceback in user code included; the others its first and last line.
@@ -120,7 +134,7 @@ def end(error: LoaderError, control: Control) -> NoReturn:
     told = f"(first on rank {error.rank}) {' … '.join([first, *rest[-1:]])}" if elsewhere else str(error)
     message = f"rank {control.rank}: {type(error).__name__}: {told}"
     sys.stdout.flush()
-    print(message, file=sys.stderr, flush=True)  # noqa: T201
+    voice.end(message, error=type(error).__name__, exit_code=error.exit_code, first_rank=error.rank)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # it is to stand last: torch tells at length of a store that is gone
     _tell_torchrun(message)
     control.leave(LEAVE)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import difflib
-import socket
 import time
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +27,7 @@ from loader.memory import PeakMemory, anonymous_bytes
 from loader.place.initialise import initialiser
 from loader.place.targets import Target, targets_of
 from loader.place.user_code import resolve
+from loader.progress import Show
 from loader.store.base import Access
 from loader.store.schemes import client_bytes, import_scheme
 from loader.store.source import Source, read_source
@@ -38,6 +38,14 @@ from loader.stream.verify import agree_on_fingerprint, check_fingerprint
 
 KEY_BYTES = 1600
 """What a key takes in the catalog: 7.6 MiB for 5,000 of a Llama's, with what parsing them leaves behind."""
+
+
+class Filled(NamedTuple):
+    """What came of a load on this rank: see `Loaded`; how many keys had to be used; the fingerprint, if asked for."""
+
+    loaded: Loaded
+    tensors: int
+    fingerprint: str | None
 
 
 class Job:
@@ -68,7 +76,6 @@ class Job:
             if control.rank == 0:
                 found = pack(read_source(self.store, read.concurrency, checksums=checksums, code=code))
             self.source: Source = unpack(control.broadcast("source", found))
-        self.catalog_seconds = time.monotonic() - self.begun
         self._held_bytes = max(0, anonymous_bytes() - before)
 
     def trace(
@@ -110,8 +117,9 @@ class Job:
 
     @property
     def reserved_bytes(self) -> int:
-        """What of the memory budget the storage client and the catalog take."""
-        return client_bytes(self.store.uri) + KEY_BYTES * len(self.source.catalog.keys)
+        """What of the memory budget the storage client, the catalog and a timeline take."""
+        kept = self.control.recorder.kept_bytes
+        return client_bytes(self.store.uri) + KEY_BYTES * len(self.source.catalog.keys) + kept
 
     def watch_memory(self) -> None:
         """Measure from now on, with what the client and the catalog hold. Before memory is given to the model."""
@@ -121,15 +129,16 @@ class Job:
         self,
         target: nn.Module | Mapping[str, Tensor],
         *,
-        mesh: Mapping[str, int],
         needless: Collection[str] = (),
         wishes: Wishes | None = None,
         proof: Proof | None = None,
-    ) -> reports.Report:
-        """Fill `target`, and report on it, on every rank. `needless` are visible keys that need no target; `wishes`
-        say in what a target, which is a module, may differ from the checkpoint; `proof` what is to be proved of it."""
+        show: Show | None = "bar",
+    ) -> Filled:
+        """Fill `target`, on every rank; see `loader.account`. `needless` are visible keys that need no target; `wishes`
+        say in what a target, which is a module, may differ from the checkpoint; `proof` what is to be proved of it;
+        `show` how the progress is shown."""
         try:
-            return self._load(target, mesh, needless, wishes, proof or Proof())
+            return self._load(target, needless, wishes, proof or Proof(), show)
         finally:
             self.memory.stop()
             self.store.close()
@@ -137,11 +146,11 @@ class Job:
     def _load(
         self,
         target: nn.Module | Mapping[str, Tensor],
-        mesh: Mapping[str, int],
         needless: Collection[str],
         wishes: Wishes | None,
         proof: Proof,
-    ) -> reports.Report:
+        show: Show | None,
+    ) -> Filled:
         with self.control.phase("place"):
             targets = targets_of(target)
             self.watch_memory()
@@ -151,7 +160,7 @@ class Job:
             first_values = [initialiser(target, each) for each in new] if isinstance(target, nn.Module) else []
             sourced = [each for each in targets if each.fqn not in fitted.new]
         wanted = self.wanted(needless)
-        loaded = self.fill(sourced, seen_in(*wanted), self.control, show=True)
+        loaded = self.fill(sourced, seen_in(*wanted), self.control, show=show)
         with self.control.phase("initialise"):
             for initialise_one in first_values:
                 initialise_one()
@@ -159,13 +168,15 @@ class Job:
         if proof.verify == "fingerprint":
             fingerprint = agree_on_fingerprint(self.control, targets)
             check_fingerprint(fingerprint, proof.expect)
-        return self._report(loaded, mesh, len(wanted), fingerprint)
+        return Filled(loaded, len(wanted), fingerprint)
 
     def fit(self, tensors: Mapping[tuple[str, ...], tuple[int, ...]], wishes: Wishes | None) -> Fitted:
         """The outputs, fitted to a model's tensors: by all the FQNs of each its shape."""
         return fit(self.outputs, tensors, wishes or Wishes(Vocabulary(size=self.vocab_size())), self.declared_ties)
 
-    def fill(self, targets: Sequence[Target], wanted: Collection[int], control: Control, *, show: bool) -> Loaded:
+    def fill(
+        self, targets: Sequence[Target], wanted: Collection[int], control: Control, *, show: Show | None
+    ) -> Loaded:
         """Fill `targets` alone, for the ranks of `control`; the keys of these numbers must be used."""
         manner = Manner(
             share=self.read.share,
@@ -229,54 +240,6 @@ class Job:
             checkpoint_bytes=catalog.checkpoint_bytes,
             pins={file.name: file.pin for file in catalog.files},
         )
-
-    def _report(self, loaded: Loaded, mesh: Mapping[str, int], tensors: int, fingerprint: str | None) -> reports.Report:
-        control, tally = self.control, self.store.tally
-        mine = reports.RankReport(
-            rank=control.rank,
-            host=socket.gethostname(),
-            fetched_bytes=tally.fetched_bytes,
-            gets=tally.gets,
-            retries=tally.retries,
-            hedged_bytes=tally.hedged_bytes,
-            exchanged_bytes=loaded.exchanged_bytes,
-            shard_bytes=loaded.shard_bytes,
-            peak_over_shards_bytes=loaded.peak_over_shards_bytes,
-            seconds=reports.Seconds(
-                total=time.monotonic() - self.begun,
-                catalog=self.catalog_seconds,
-                plan=loaded.plan_seconds,
-                read=loaded.seconds.read,
-                exchange=loaded.seconds.exchange,
-                convert=loaded.seconds.convert,
-                write=loaded.seconds.write,
-            ),
-        )
-        with control.phase("report"):
-            control.put("report", pack(mine))
-            merged = b""
-            if control.rank == 0:
-                ranks = [unpack(data) for data in control.take("report", range(control.world_size))]
-                merged = pack(
-                    reports.merge(
-                        ranks,
-                        source=self.described(),
-                        mesh=mesh,
-                        tensors=tensors,
-                        needed_bytes=loaded.needed_bytes,
-                        budget_bytes=self.read.memory_budget,
-                        fingerprint=fingerprint,
-                        checksums=_checksums(loaded),
-                    )
-                )
-            report: reports.Report = unpack(control.broadcast("merged", merged))
-        return report
-
-
-def _checksums(loaded: Loaded) -> dict[str, reports.Checksum] | None:
-    if loaded.checksums is None:
-        return None
-    return {name: reports.Checksum(**checked._asdict()) for name, checked in loaded.checksums.items()}
 
 
 def conversion_of(convert: str | Convert | None) -> Convert | None:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from loader.account import report_on
 from loader.config import Proof, Read
 from loader.convert.graph import Node, seen_in
 from loader.convert.lazy import Convert
@@ -64,7 +65,7 @@ def load(
             proof = Proof(verify=verify, expect=expect)
         job = Job(uri, dict(storage_options or {}), reading, control, checksums=proof.verify == "checksum")
         job.trace(conversion, ignore, strip_prefix, held=_dtypes(target))
-        return job.load(target, mesh=_mesh_of(target), proof=proof)
+        return report_on(job, job.load(target, proof=proof), _mesh_of(target))
 
 
 def fingerprint(target: nn.Module | Mapping[str, Tensor]) -> str:
@@ -116,7 +117,7 @@ def iter_convert(
     for batch in _batches(job, waiting):
         tensors = {fqn: _empty(node, job.dtype_of(node)) for fqn, node in batch.items()}
         with Control(None, 0, 1) as control:
-            job.fill(targets_of(tensors), (), control, show=False)
+            job.fill(targets_of(tensors), (), control, show=None)
         while tensors:
             fqn = next(iter(tensors))
             yield fqn, tensors.pop(fqn)

@@ -13,18 +13,19 @@ from loader.config import Output
 from loader.errors import LoaderError
 from loader.exchange.control import Control
 from loader.exchange.node import node_name
+from loader.logs import Voice
 from loader.place.layout import layout_of
 from loader.place.targets import held_in, targets_of
-from loader.report import Report
+from loader.report import Source
 from loader.sinks import assets, checkpoint, directory, local, manifest
 from loader.stream.planning import alike_on_all_ranks, pack, unpack
 from loader.uri import public_uri
 
 
 @contextmanager
-def prepared(wished: Output, control: Control) -> Iterator[Outputs]:
+def prepared(wished: Output, control: Control, voice: Voice) -> Iterator[Outputs]:
     """The outputs of `wished` that are to be written, emptied again if the run fails."""
-    outputs = Outputs(wished, control)
+    outputs = Outputs(wished, control, voice)
     try:
         outputs.prepare()
         yield outputs
@@ -36,7 +37,8 @@ def prepared(wished: Output, control: Control) -> Iterator[Outputs]:
 class Outputs:
     """`checkpoint` and `local` as the config has them; None where there is none, or a complete one is to be used."""
 
-    def __init__(self, wished: Output, control: Control) -> None:
+    def __init__(self, wished: Output, control: Control, voice: Voice) -> None:
+        self._voice = voice
         self._wished = wished
         self._control = control
         self._first_of_node = int(os.environ.get("LOCAL_RANK", "0")) == 0
@@ -63,7 +65,7 @@ class Outputs:
         if wanted:
             self.checkpoint = url
         elif control.rank == 0:
-            print(f"{public_uri(url)} holds a complete checkpoint: used as it is", flush=True)  # noqa: T201
+            self._voice.say(f"{public_uri(url)} holds a complete checkpoint: used as it is")
 
     def _prepare_local(self, path: str) -> None:
         """Complete are shards that one run left on every node; what only some nodes have is reclaimed."""
@@ -73,7 +75,7 @@ class Outputs:
             complete = alike_on_all_ranks(control, "complete", found.run if found else None)
             if complete and not directory.prepare(path, if_exists, directory.SHARDS):
                 if control.rank == 0:
-                    print(f"{path} holds complete shards: used as they are", flush=True)  # noqa: T201
+                    self._voice.say(f"{path} holds complete shards: used as they are")
                 return
         self.local = path
         with control.phase("local directory"):
@@ -102,25 +104,24 @@ class Outputs:
                 told = pack(needed)
             local.check_room(self.local, unpack(control.broadcast("rooms", told))[node_name()])
 
-    def save(self, model: Model, report: Report) -> None:
+    def save(self, model: Model, source: Source, fingerprint: str | None) -> None:
         """Write `model`, filled, on every rank. Without an entrypoint its memory is given up on the way."""
         if self.checkpoint is not None:
             with self._control.phase("save"):
                 checkpoint.save(targets_of(model), self.checkpoint)
         if self.local is not None:
-            self._save_local(self.local, model, report)
+            self._save_local(self.local, model, source, fingerprint)
 
-    def _save_local(self, path: str, model: Model, report: Report) -> None:
+    def _save_local(self, path: str, model: Model, source: Source, fingerprint: str | None) -> None:
         control = self._control
         with control.phase("save shards"):
             run = control.broadcast("run", uuid.uuid4().hex.encode() if control.rank == 0 else None).decode()
-            source = report.source
             local.save(
                 [(held, layout_of(held)) for held in held_in(model)],
                 path,
                 rank=control.rank,
                 world_size=control.world_size,
-                about={"run": run, "uri": source.uri, "pins": source.pins, "fingerprint": report.fingerprint},
+                about={"run": run, "uri": source.uri, "pins": source.pins, "fingerprint": fingerprint},
                 spend=self._wished.entrypoint is None,
                 go_on=self._go_on,
             )

@@ -7,9 +7,12 @@ from functools import partial
 
 import torch
 
+from loader import timeline
+from loader.account import report_on
 from loader.build import build_model, needless_keys, open_job, own_conversion, wishes_of
 from loader.config import Config, resolve_mesh
 from loader.exchange.control import Control
+from loader.logs import Voice
 from loader.outputs import prepared
 from loader.place.mesh import make_mesh
 from loader.place.user_code import resolve
@@ -17,11 +20,11 @@ from loader.sinks import entrypoint
 from loader.store.source import read_whole
 
 
-def run(config: Config, control: Control, device: torch.device) -> Callable[[], int]:
+def run(config: Config, control: Control, device: torch.device, voice: Voice) -> Callable[[], int]:
     """Build, load, report: every rank of the default process group calls it.
 
-    Returns what is left to do, and gives the exit code: the user's program. It may train for weeks, so it is to be
-    called when `control` is closed.
+    `voice` is how it speaks. Returns what is left to do, and gives the exit code: the user's program. It may train for
+    weeks, so it is to be called when `control` is closed.
     """
     with control.phase("start"):
         convert = own_conversion(config)
@@ -29,7 +32,7 @@ def run(config: Config, control: Control, device: torch.device) -> Callable[[], 
         user_program = resolve(config.output.entrypoint) if config.output.entrypoint else None
     with control.phase("mesh"):  # a collective: no rank may have failed before it
         mesh = make_mesh(dims, device.type)
-    with prepared(config.output, control) as outputs:
+    with timeline.traced(control, config.trace), prepared(config.output, control, voice) as outputs:
         if outputs.all_there:
             return lambda: 0
         job = open_job(config, convert, control)
@@ -39,11 +42,12 @@ def run(config: Config, control: Control, device: torch.device) -> Callable[[], 
             model = build_model(config, job, mesh, device)
             needless, wishes = needless_keys(config, job, model), wishes_of(config, job, model)
         outputs.check_room(model)
-        report = job.load(model, mesh=dims, needless=needless, wishes=wishes, proof=config)
-        outputs.save(model, report)
+        filled = job.load(model, needless=needless, wishes=wishes, proof=config, show=voice.show)
+        outputs.save(model, job.described(), filled.fingerprint)
+        report = report_on(job, filled, dims)
     with control.phase("report"):
         if control.rank == 0:
-            print(report.table(), flush=True)  # noqa: T201 - what the command is asked for
+            voice.say(report.table(), **report.summary())
             if config.report is not None:
                 report.write(config.report)
     return partial(entrypoint.call, user_program, model, mesh, report) if user_program else lambda: 0

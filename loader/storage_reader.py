@@ -109,7 +109,7 @@ class StorageReader(storage.StorageReader):
                 _check_shards(getattr(planner, "state_dict", {}))
                 found = [(item, planner.resolve_tensor(item).detach()) for item in plan.items]
                 targets = [_target(item, tensor, job.outputs) for item, tensor in found if tensor.numel()]
-            job.fill(targets, (), control, show=False)
+            job.fill(targets, (), control, show=None)
             with control.phase("commit"):
                 for item, tensor in found:
                     planner.commit_tensor(item, tensor)

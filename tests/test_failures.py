@@ -263,11 +263,11 @@ def _lose_one(config: str, rank: int, how: int, mark: str) -> int:
     if os.environ["RANK"] == str(rank):
         read, calls = Store.read, itertools.count()
 
-        def fatal(self: Store, *args: Any) -> None:
+        def fatal(self: Store, *args: Any) -> int:
             if next(calls) == 5:
                 Path(mark).write_text(f"{time.time()} {os.getpid()}")
                 os.kill(os.getpid(), how)
-            read(self, *args)
+            return read(self, *args)
 
         Store.read = fatal  # type: ignore[method-assign]
     return main(["--config", config])

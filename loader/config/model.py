@@ -229,6 +229,9 @@ class Config(Proof):
     read: Read = Field(default=Read(), description="how the bytes are fetched")
     output: Output = Field(default=Output(), description="what becomes of the loaded tensors")
     report: Text | None = Field(default="report.json", description="where the report is written; null writes none")
+    trace: Text | None = Field(
+        default=None, description="where a timeline of every rank is written, for ui.perfetto.dev; null writes none"
+    )
 
     @field_validator("placements")
     @classmethod

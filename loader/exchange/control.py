@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,8 @@ from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr
 
 from loader.errors import LoaderError, LostRankError
 from loader.exchange.watch import BEAT, Watch
+from loader.progress import Reached
+from loader.recording import Recorder
 
 POLL = (0.001, 0.1)
 """First and longest pause in seconds between looks at a key. (The store's own `wait` cannot be interrupted.)"""
@@ -27,6 +30,8 @@ LEAVING = 0.02
 torchrun agent is gone, and hosted the rendezvous, the next agent fails for that and tells no cause."""
 
 _loads = itertools.count()
+
+_log = logging.getLogger(__name__)
 
 
 class Control(Watch):
@@ -42,6 +47,7 @@ class Control(Watch):
         super().__init__(base.clone(), rank, world_size)  # type: ignore[union-attr]  # the stubs lack it
         self._phases: collections.Counter[str] = collections.Counter()
         self._payloads: list[str] = []
+        self.recorder = Recorder()
 
     @classmethod
     def of_group(cls) -> Control:
@@ -65,14 +71,16 @@ class Control(Watch):
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Work that every rank does: ends on all ranks together, or raises the first error on all."""
-        try:
-            yield
-        except BaseException as error:
-            stands = self.fail(error)
-            if stands is error or not isinstance(error, Exception):
-                raise
-            raise stands from error
-        self.agree(name)
+        with self.recorder.span(name) as span:
+            try:
+                yield
+            except BaseException as error:
+                stands = self.fail(error)
+                if stands is error or not isinstance(error, Exception):
+                    raise
+                raise stands from error
+            self.agree(name)
+        _log.debug("%s: %.2f s", name, span.took)
 
     def agree(self, name: str) -> None:
         """Wait until every rank came here. Raises the job's error if there is one instead."""
@@ -126,14 +134,33 @@ class Control(Watch):
             self._wait(each)
         return self.ask(lambda: [bytes(value) for value in self._store.multi_get(names)])
 
-    def progress(self) -> int:
-        """The job's `done_bytes`, as of the last beats."""
+    # What may change, and may be looked at whenever it is there: also after an error.
+
+    def show(self, name: str, payload: bytes) -> None:
+        """Let other ranks see `payload`, in place of what this rank showed before."""
+        self._put(f"{name}/{self.rank}", payload)
+
+    def shown(self, name: str, ranks: Sequence[int]) -> list[bytes]:
+        """What each of `ranks` shows under `name` now; nothing where it shows nothing yet."""
+        names = [f"{name}/{rank}" for rank in ranks]
+
+        def look() -> list[bytes]:
+            if self._store.check(names):
+                return [bytes(value) for value in self._store.multi_get(names)]
+            return [bytes(self._store.get(each)) if self._store.check([each]) else b"" for each in names]
+
+        return self.ask(look)
+
+    def progress(self) -> list[Reached]:
+        """How far each rank is, as of the last beats; nothing while one has not beat yet."""
         names = [f"beat/{rank}" for rank in range(self.world_size)]
         beats = self.ask(lambda: self._store.multi_get(names) if self._store.check(names) else [])
-        return sum(int(bytes(beat).partition(b" ")[2]) for beat in beats)
+        told = (bytes(beat).decode().rsplit(" ", 2) for beat in beats)
+        return [Reached(host.rpartition(":")[0], int(done), int(todo)) for host, done, todo in told]
 
     def _put(self, name: str, payload: bytes) -> None:
-        self._payloads.append(name)
+        if name not in self._payloads:
+            self._payloads.append(name)
         self.ask(lambda: self._store.set(name, payload))  # type: ignore[arg-type]  # bytes are what it keeps
 
     def _wait(self, name: str) -> None:

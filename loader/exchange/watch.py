@@ -41,14 +41,14 @@ GONE = "gone"
 
 
 class Watch:
-    """One rank's watch. `peers` are the ranks that it exchanges with; `done_bytes` are told with its beats, and so is
-    `pause` to the ranks of its node, and theirs to it."""
+    """One rank's watch. `peers` are the ranks that it exchanges with; with its beats it tells how many bytes it has
+    read, of how many, which is `todo_bytes`, and its `pause` to the ranks of its node, and theirs to it."""
 
     def __init__(self, store: Store, rank: int, world_size: int) -> None:
         self.rank = rank
         self.world_size = world_size
         self.peers: Sequence[int] = range(world_size)
-        self.done_bytes = 0
+        self.done_bytes = self.todo_bytes = 0
         self.pause = Pause()
         self._store = store
         self._own_store: Store = store.clone()  # type: ignore[attr-defined]  # a connection of the watch thread's own
@@ -75,6 +75,11 @@ class Watch:
         self._changed.set()
         self._thread.join(timeout=2 * BEAT)
         self._caller.close()
+
+    def has_read(self, size: int) -> None:
+        """So many bytes more have arrived, on any thread: to be told with the beats."""
+        with self._lock:
+            self.done_bytes += size
 
     # Errors
 
@@ -133,15 +138,16 @@ class Watch:
             node, neighbour, seen, since = node_name(), (self.rank + 1) % self.world_size, b"", time.monotonic()
             for count in itertools.count():
                 begun = time.monotonic()
-                self._own_store.set(f"beat/{self.rank}", f"{socket.gethostname()}:{count} {self.done_bytes}")
+                beat = f"{socket.gethostname()}:{count} {self.done_bytes} {self.todo_bytes}"
+                self._own_store.set(f"beat/{self.rank}", beat)
                 if self._error is None and self._own_store.check(["error"]):
                     self._set_error(from_wire(self._own_store.get("error")))
                 if self._error is not None and not self._stop_known.is_set():
                     self._agree_on_stop()
                 self._share_pause(f"pause/{node}")
-                beat = self._read_beat(neighbour)
-                if beat != seen:
-                    seen, since = beat, time.monotonic()
+                found = self._read_beat(neighbour)
+                if found != seen:
+                    seen, since = found, time.monotonic()
                 elif neighbour != self.rank and time.monotonic() - since > (LOST_AFTER if seen else UNSEEN_FOR):
                     self._lose(neighbour, seen)
                     neighbour, seen, since = (neighbour + 1) % self.world_size, b"", time.monotonic()

@@ -14,16 +14,19 @@ from torch import Tensor
 from loader.convert.graph import Node, Pointwise
 from loader.convert.pull import Fill, Join, Move, pull_back
 from loader.plan.geometry import Box, portions
+from loader.recording import Recorder
 
 
 class Landings:
     """All landings of one rank. `landed_bytes` grows as shards are written.
 
-    What needs several tensors at once is made in portions of `portion` elements.
+    What needs several tensors at once is made in portions of `portion` elements. `recorder` gets a span, convert, for
+    whatever is computed.
     """
 
-    def __init__(self, portion: int) -> None:
+    def __init__(self, portion: int, recorder: Recorder | None = None) -> None:
         self.landed_bytes = 0
+        self._recorder = recorder or Recorder()
         self._portion = portion
         self._by_key: dict[int, _OfKey] = {}
         self._fills: list[tuple[Fill, _Part | None]] = []
@@ -45,9 +48,7 @@ class Landings:
         for landing in self._by_key[key].near(box):
             common = box.intersect(landing.box)
             if common is not None:
-                found = values[common.slices(box.offsets)]
-                for run in landing.maps:
-                    found = run(found)
+                found = self._mapped(landing.maps, values[common.slices(box.offsets)])
                 self._write(landing.view[common.slices(landing.box.offsets)], landing.part, found)
 
     def _follow(self, node: Node, box: Box, view: Tensor, part: _Part | None) -> list[tuple[int, Box]]:
@@ -85,10 +86,16 @@ class Landings:
         part.missing -= view.numel()
         whole = part.whole
         if all(not each.missing for each in whole.parts):
-            made = whole.run(*(each.take() for each in whole.parts))
-            for run in whole.maps:
-                made = run(made)
-            self._write(whole.view, whole.out, made)
+            with self._recorder.span("convert"):
+                made = whole.run(*(each.take() for each in whole.parts))
+            self._write(whole.view, whole.out, self._mapped(whole.maps, made))
+
+    def _mapped(self, maps: tuple[Pointwise, ...], values: Tensor) -> Tensor:
+        if maps:
+            with self._recorder.span("convert"):
+                for run in maps:
+                    values = run(values)
+        return values
 
 
 def _needs(join: Join) -> Iterator[tuple[int, Box]]:

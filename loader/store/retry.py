@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import tenacity
@@ -26,11 +27,17 @@ LONGEST_ASKED = 60.0
 class Retry:
     """Tries calls again that raise Transient, from any thread: `retries` times, until `until` (monotonic) or `closed`.
 
-    None is made in a `pause`, which one that was throttled makes longer. `again` is called for each new try.
+    None is made in a `pause`, which one that was throttled makes longer. `again` is told of each new try: of what,
+    why, and in how many seconds.
     """
 
     def __init__(
-        self, retries: int, until: float, closed: threading.Event, pause: Pause, again: Callable[[], None]
+        self,
+        retries: int,
+        until: float,
+        closed: threading.Event,
+        pause: Pause,
+        again: Callable[[str, Transient, float], None],
     ) -> None:
         self._retries = retries
         self._until = until
@@ -38,8 +45,9 @@ class Retry:
         self._pause = pause
         self._again = again
 
-    def __call__(self, call: Callable[[], T]) -> T:
-        """What `call()` returns, or raises but for Transient; or the last Transient, with the number of `tries`."""
+    def __call__(self, call: Callable[[], T], what: str) -> T:
+        """What `call()` returns, which is to get `what`; or what it raises, but for Transient: then the last one, with
+        the number of `tries`."""
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(Transient),
             wait=_wait,
@@ -50,7 +58,7 @@ class Retry:
             ),
             sleep=tenacity.sleep_using_event(self._closed),
             before=lambda _: self.wait_out_the_pause(),
-            before_sleep=self._try_again_later,
+            before_sleep=partial(self._try_again_later, what),
             reraise=True,
         )
         try:
@@ -65,11 +73,13 @@ class Retry:
             if self._closed.wait(min(left + random.uniform(0, left), self._until - now)):
                 return
 
-    def _try_again_later(self, state: tenacity.RetryCallState) -> None:
-        self._again()
+    def _try_again_later(self, what: str, state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
-        if isinstance(error, Transient) and error.throttled and state.next_action:
-            self._pause.extend(time.monotonic() + state.next_action.sleep)
+        assert isinstance(error, Transient), "nothing else is tried again"
+        seconds = state.next_action.sleep if state.next_action else 0.0
+        self._again(what, error, seconds)
+        if error.throttled:
+            self._pause.extend(time.monotonic() + seconds)
 
 
 _jittered = tenacity.wait_random_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT)

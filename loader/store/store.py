@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from loader.errors import CatalogError, LoaderError, PinError, StoreError
@@ -29,9 +30,12 @@ from loader.store.patience import Patience
 from loader.store.retry import Retry
 from loader.store.schemes import open_scheme
 from loader.store.secrets import Secrets
+from loader.store.tally import Asked, Tally
 from loader.uri import public_uri, split_uri
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 REFUSED = (
     ". Check the credentials (the usual chain: environment, profile, instance role; or source.storage_options), that "
@@ -43,27 +47,9 @@ HANGS = "See to the mount or the client, and start again"
 
 
 @dataclass(slots=True)
-class Tally:
-    """What was asked of the bucket, as the bucket sees it: ranged GETs of files, and bytes of their bodies. Of these,
-    `hedged_bytes` may have come twice, for the first reply was late."""
-
-    gets: int = 0
-    fetched_bytes: int = 0
-    retries: int = 0
-    hedged_bytes: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-
-    def add(self, *, gets: int = 0, fetched_bytes: int = 0, retries: int = 0, hedged_bytes: int = 0) -> None:
-        with self._lock:
-            self.gets += gets
-            self.fetched_bytes += fetched_bytes
-            self.retries += retries
-            self.hedged_bytes += hedged_bytes
-
-
-@dataclass(slots=True)
 class _Reading:
-    """A range on its way into `buffer`: `filled` bytes are there. `renewed`: with credentials that were made anew."""
+    """A range on its way into `buffer`: `filled` bytes are there, after so many `tries` and `gets`. It `waited` so
+    many seconds for a place. `renewed`: with credentials that were made anew."""
 
     name: str
     pin: str
@@ -71,6 +57,9 @@ class _Reading:
     buffer: memoryview
     counted: bool
     filled: int = 0
+    tries: int = 0
+    gets: int = 0
+    waited: float = 0.0
     renewed: bool = False
 
     @property
@@ -96,7 +85,7 @@ class Store:
         self._retries = retries
         self._until = time.monotonic() + deadline
         self._closed = threading.Event()
-        self._retry = Retry(retries, self._until, self._closed, pause or Pause(), lambda: self.tally.add(retries=1))
+        self._retry = Retry(retries, self._until, self._closed, pause or Pause(), self._count_retry)
         self._lock = threading.Lock()
         self._patience = Patience(access.timeout)
         self._flow = Flow(access.concurrency)
@@ -160,10 +149,9 @@ class Store:
             self._fill(name, stat.pin, 0, memoryview(buffer), counted=False)
         return bytes(buffer)
 
-    def read(self, name: str, pin: str, start: int, buffer: memoryview) -> None:
+    def read(self, name: str, pin: str, start: int, buffer: memoryview) -> Asked:
         """Fill `buffer` with the bytes from `start` on, of the version `pin`. Raises StoreError, PinError."""
-        if len(buffer):
-            self._fill(name, pin, start, buffer, counted=True)
+        return self._fill(name, pin, start, buffer, counted=True) if len(buffer) else Asked(0, 0, 0.0)
 
     def close(self) -> None:
         """End waiting between tries: what is still being read fails."""
@@ -179,7 +167,7 @@ class Store:
                 except CatalogError as error:
                     raise StoreError(error.message) from error.__cause__
 
-    def _fill(self, name: str, pin: str, start: int, buffer: memoryview, *, counted: bool) -> None:
+    def _fill(self, name: str, pin: str, start: int, buffer: memoryview, *, counted: bool) -> Asked:
         reading = _Reading(name, pin, start, buffer, counted)
         where = f"{name} bytes {start}-{start + len(buffer) - 1}"
         try:
@@ -188,9 +176,11 @@ class Store:
             raise self._told(
                 StoreError, f"{where}: ", error, ": the store answered before, and refuses now"
             ) from self._secrets.cause(error)
+        return Asked(reading.gets, reading.tries - 1, reading.waited)
 
     def _read_rest(self, reading: _Reading) -> None:
         """Ask for what is not there yet; where that is late, for what is still not there, and then wait for it."""
+        reading.tries += 1
         if not self._ask_for_rest(reading, hedged=True):
             self._ask_for_rest(reading, hedged=False)
 
@@ -198,9 +188,11 @@ class Store:
         """Whether it came; if `hedged`, it may also have been late."""
         got, scheme, again = 0, self._scheme, min(PIECE, len(reading.rest))
         try:
+            asked = time.monotonic()
             with self._flow.place():
                 self._retry.wait_out_the_pause()  # it may have been asked for since this range began to wait
                 begun = time.monotonic()
+                reading.waited += begun - asked
                 silence = self._patience.seconds(again) if hedged else self._access.timeout
                 scheme.read(reading.name, reading.pin, reading.start + reading.filled, reading.rest, silence)
             got = len(reading.rest)
@@ -227,13 +219,14 @@ class Store:
             raise Transient(f"refused, and asked again with credentials made anew: {error}") from error
         finally:
             reading.filled += got
+            reading.gets += 1
             if reading.counted:
                 self.tally.add(gets=1, fetched_bytes=got)
         return True
 
     def _try(self, call: Callable[[], T], what: str) -> T:
         try:
-            return self._retry(call)
+            return self._retry(call, what)
         except Transient as error:
             how = f"{error.tries} tries; read.retries is {self._retries}"
             how += "; read.deadline has passed" if time.monotonic() >= self._until else ""
@@ -244,6 +237,10 @@ class Store:
             raise
         except Exception as error:  # noqa: BLE001 - a client library's, in a case that its scheme does not know
             raise self._told(StoreError, f"{what}: ", told(error)) from self._secrets.cause(error)
+
+    def _count_retry(self, what: str, error: Transient, seconds: float) -> None:
+        self.tally.add(retries=1, throttled=error.throttled)
+        _log.debug("%s: %s; again in %.1f s", what, self._secrets.hide(str(error)), seconds)
 
     def _told(self, kind: type[LoaderError], before: str, error: object, after: str = "") -> LoaderError:
         """The error of our own that tells another, without its secrets."""

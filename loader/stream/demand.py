@@ -14,6 +14,7 @@ from loader.place.targets import Target
 from loader.plan.catalog import Catalog, Entry, View
 from loader.plan.geometry import Box
 from loader.plan.needs import Classes, D, Needs, collect_needs
+from loader.recording import Recorder
 
 LISTED = 10
 """How many keys an error lists."""
@@ -35,15 +36,20 @@ class Demand:
 
 
 def make_demand(
-    targets: Iterable[Target], outputs: Outputs, catalog: Catalog, wanted: Collection[int], portion: int
+    targets: Iterable[Target],
+    outputs: Outputs,
+    catalog: Catalog,
+    wanted: Collection[int],
+    portion: int,
+    recorder: Recorder | None = None,
 ) -> tuple[Demand, Landings]:
     """Pull every target back to boxes of keys, and lay out where each box lands.
 
     `wanted` are the numbers of the catalog's keys that must be used by some rank. An op on several tensors holds
-    `portion` elements of each at a time. Raises CoverageError for an FQN that the conversion does not make, or makes in
-    another shape.
+    `portion` elements of each at a time; `recorder` times it. Raises CoverageError for an FQN that the conversion does
+    not make, or makes in another shape.
     """
-    landings = Landings(portion)
+    landings = Landings(portion, recorder)
     boxes: list[tuple[int, Box]] = []
     used: set[int] = set()
     keys = catalog.keys

@@ -21,11 +21,13 @@ from loader.plan.catalog import Catalog
 from loader.plan.claims import Claims, Spans
 from loader.plan.plan import Share
 from loader.plan.schedule import Schedule
-from loader.progress import Progress
+from loader.progress import Progress, Show
+from loader.recording import Recorder
 from loader.store.store import Store
+from loader.store.tally import Asked
 from loader.stream.checksums import Checked, Checks
 from loader.stream.demand import make_demand
-from loader.stream.pipeline import Pipeline, Seconds
+from loader.stream.pipeline import Pipeline
 from loader.stream.planning import Terms, agree_on_plan, on_any_rank
 
 DRAIN = 8.0
@@ -34,15 +36,13 @@ DRAIN = 8.0
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What this rank did. `needed_bytes` is the whole job's; `checksums` are by file, None where none were asked for;
-    times are in seconds."""
+    """What this rank did. `needed_bytes` is the whole job's; `checksums` are by file, None where none were asked for.
+    (The control's recorder has the seconds.)"""
 
     needed_bytes: int
     exchanged_bytes: int
     shard_bytes: int
     peak_over_shards_bytes: int | None
-    plan_seconds: float
-    seconds: Seconds
     checksums: dict[str, Checked] | None
 
 
@@ -70,21 +70,20 @@ def fill(
     memory: PeakMemory,
     *,
     claims: Claims | None = None,
-    show: bool,
+    show: Show | None,
 ) -> Loaded:
     """Fill `targets` from the catalogued files, and check `claims` of these. Collective; either every rank returns or
     every rank raises one error.
 
     `wanted` are the numbers of the catalog's keys that must be used (see `make_demand`). `memory` is started by the
-    caller and stopped here. `show` is whether rank 0 shows the progress.
+    caller and stopped here. `show` is how rank 0 shows the progress.
     """
-    begun = time.monotonic()
     with control.phase("budget"):
         together = partners(outputs.values())
         waits = on_any_rank(control, "waits", bool(together))
         terms = Terms.of(together, manner.memory_budget, manner.range_size, manner.reserved, waits=waits)
     with control.phase("targets"):
-        demand, landings = make_demand(targets, outputs, catalog, wanted, terms.portion)
+        demand, landings = make_demand(targets, outputs, catalog, wanted, terms.portion, control.recorder)
     planned = agree_on_plan(control, demand, catalog, share=manner.share, node=manner.node, terms=terms)
     schedule = Schedule(planned.plan, list(catalog.entries.values()), control.rank)
     checks = None
@@ -92,7 +91,6 @@ def fill(
         with control.phase("claims"):
             plan = planned.plan
             checks = Checks(control, claims, Spans(plan.file, plan.start, plan.stop), catalog)
-    plan_seconds = time.monotonic() - begun
     fresh = untouched_bytes(target.tensor for target in targets) or 0
     memory.landed = lambda: min(fresh, landings.landed_bytes)
     landings.fill()
@@ -100,14 +98,15 @@ def fill(
         pipeline = Pipeline(
             schedule,
             catalog,
-            _reader(catalog, store, checks),
+            _reader(catalog, store, checks, control.recorder),
             landings,
             control,
             transport,
             slots=terms.limits.rounds_in_flight,
             concurrency=store.most_at_once,
         )
-        _run(pipeline, control, planned.read_bytes if show else None)
+        control.todo_bytes = schedule.read_bytes
+        _run(pipeline, control, planned.read_bytes, show if control.rank == 0 else None)
     checked = None
     if checks is not None:
         with control.phase("checksums"):
@@ -119,18 +118,20 @@ def fill(
         pipeline.exchanged_bytes,
         sum(target.tensor.numel() * target.tensor.element_size() for target in targets),
         peak,
-        plan_seconds,
-        pipeline.seconds,
         checked,
     )
 
 
-def _reader(catalog: Catalog, store: Store, checks: Checks | None) -> Callable[[int, int, Tensor], None]:
-    def read_range(file: int, start: int, memory: Tensor) -> None:
+def _reader(
+    catalog: Catalog, store: Store, checks: Checks | None, recorder: Recorder
+) -> Callable[[int, int, Tensor], Asked]:
+    def read_range(file: int, start: int, memory: Tensor) -> Asked:
         found, data = catalog.files[file], memory.numpy().data
-        store.read(found.name, found.pin, start, data)
+        asked = store.read(found.name, found.pin, start, data)
         if checks is not None:
-            checks.take(file, start, data)
+            with recorder.span("checksum"):
+                checks.take(file, start, data)
+        return asked
 
     return read_range
 
@@ -152,12 +153,11 @@ def _transport(control: Control, manner: Manner) -> Iterator[Transport | None]:
             made[0].close()
 
 
-def _run(pipeline: Pipeline, control: Control, total: int | None) -> None:
+def _run(pipeline: Pipeline, control: Control, total: int, show: Show | None) -> None:
     with control.phase("rounds"):
-        if control.rank == 0 and total is not None:
-            with Progress(total) as progress:
-                _wait_for(pipeline.run, control, "loader-rounds", lambda: progress.update_to(control.progress()))
-                progress.update_to(total)
+        if show is not None:
+            with Progress(total, show) as progress:
+                _wait_for(pipeline.run, control, "loader-rounds", lambda: progress.look(control.progress))
         else:
             _wait_for(pipeline.run, control, "loader-rounds")
 

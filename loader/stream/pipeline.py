@@ -8,9 +8,9 @@ only when everything in it was sent and written.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -23,20 +23,11 @@ from loader.place.landing import Landings
 from loader.plan.catalog import Catalog
 from loader.plan.geometry import Box
 from loader.plan.schedule import Message, Read, Receive, Round, Schedule
+from loader.store.tally import Asked
 from loader.stream.buffers import Slot, as_tensor
 
 LOOK = 0.2
 """Seconds between looks at the job's error while waiting for a read."""
-
-
-@dataclass(slots=True)
-class Seconds:
-    """What the pipeline waited for (read, exchange) and was busy with (convert, write), in seconds."""
-
-    read: float = 0.0
-    exchange: float = 0.0
-    convert: float = 0.0
-    write: float = 0.0
 
 
 @dataclass(slots=True)
@@ -53,15 +44,19 @@ class _Open:
 class Pipeline:
     """One rank's rounds.
 
-    `read_range(file, start, memory)` fills a uint8 tensor with a file's bytes from `start` on. `transport` may be None
-    where the plan sends nothing. `concurrency` is how many ranges are read at once.
+    `read_range(file, start, memory)` fills a uint8 tensor with a file's bytes from `start` on, and tells what that
+    took. `transport` may be None where the plan sends nothing. `concurrency` is how many ranges are read at once.
+
+    The control's recorder gets a span GET for each range; read, while a range is waited for that is next; exchange,
+    while a message is packed and sent, or waited for; write, while a shard is written, and convert within it; slot,
+    while all rounds in flight are waited for.
     """
 
     def __init__(
         self,
         schedule: Schedule,
         catalog: Catalog,
-        read_range: Callable[[int, int, Tensor], None],
+        read_range: Callable[[int, int, Tensor], Asked],
         landings: Landings,
         control: Control,
         transport: Transport | None,
@@ -69,8 +64,8 @@ class Pipeline:
         slots: int,
         concurrency: int,
     ) -> None:
-        self.seconds = Seconds()
         self.exchanged_bytes = 0
+        self._recorder = control.recorder
         self._schedule = schedule
         self._rounds = schedule.rounds
         self._catalog = catalog
@@ -114,9 +109,8 @@ class Pipeline:
         return self._flights[place : place + 1] if self._opened < self._rounds else []
 
     def _wait_for(self, flights: Sequence[_Open]) -> None:
-        begun = time.monotonic()
-        wait([flight.done for flight in flights])
-        self.seconds.exchange += time.monotonic() - begun
+        with self._recorder.span("slot"):
+            wait([flight.done for flight in flights])
 
     def _open_next(self) -> None:
         place = self._opened % len(self._slots)
@@ -143,23 +137,25 @@ class Pipeline:
         return flight
 
     def _read(self, read: Read, memory: Tensor) -> None:
-        try:
+        with self._failing():
             if self._control.error is None:
-                self._read_range(read.file, read.start, memory)
-        except BaseException as error:
-            self._control.fail(error)
-            raise
+                name = self._catalog.files[read.file].name
+                with self._recorder.span("GET", file=name, start=read.start, bytes=read.size) as span:
+                    asked = self._read_range(read.file, read.start, memory)
+                    span.begin_later(asked.waited)
+                    span.facts |= {"gets": asked.gets, "retries": asked.retries}
+                self._control.has_read(read.size)
 
     def _send(self, flight: _Open) -> None:
         """Send each extent as soon as it is there, and leave it to the writer to take what the others send."""
         slot = self._slots[flight.round.number % len(self._slots)]
         for read, memory, future in flight.reads:
             arrived = self._await_read(future)
-            self._control.done_bytes += read.size if arrived else 0
             for message, ranks in read.sends:
-                payload = self._payload(message, memory, slot, arrived=arrived)
                 assert self._transport is not None, "a rank alone exchanges nothing"
-                flight.sends += self._transport.send(payload, ranks)
+                with self._recorder.span("exchange", bytes=message.size, to=len(ranks)):
+                    payload = self._payload(message, memory, slot, arrived=arrived)
+                    flight.sends += self._transport.send(payload, ranks)
                 self.exchanged_bytes += message.size * len(ranks)
             if arrived and read.own.pieces:
                 self._writer.submit(partial(self._write_own, read.own, memory))
@@ -170,26 +166,21 @@ class Pipeline:
     def _end(self, flight: _Open) -> None:
         """Wait for what is sent, and give the round's memory free."""
         try:
-            for work in flight.sends:
-                work.wait()
-        except BaseException as error:
-            self._control.fail(error)
-            raise
+            with self._failing(), self._recorder.span("exchange", sent_round=flight.round.number):
+                for work in flight.sends:
+                    work.wait()
         finally:
             flight.done.set_result(None)
 
     def _await_read(self, future: Future[None]) -> bool:
         """Whether the read's bytes are there; False once the job has failed. Meanwhile further rounds are opened."""
-        begun = time.monotonic()
-        try:
+        with self._recorder.span("read"):
             while self._control.error is None:
                 self._open_ahead()
                 wait([future, *(flight.done for flight in self._in_the_way())], LOOK, FIRST_COMPLETED)
                 if future.done():
                     return future.exception() is None
             return False
-        finally:
-            self.seconds.read += time.monotonic() - begun
 
     def _payload(self, message: Message, memory: Tensor, slot: Slot, *, arrived: bool) -> Tensor:
         """The message's bytes: a view of the extent where they are one run of it, else packed."""
@@ -205,29 +196,37 @@ class Pipeline:
         return packed
 
     def _write_own(self, message: Message, memory: Tensor) -> None:
-        with _Writing(self):
+        with self._failing(), self._recorder.span("write", bytes=message.size):
             for piece in message.pieces:
                 values = self._in_frame(piece.key, piece.frame, piece.at, piece.box, memory)
                 self._landings.land(piece.key, piece.box, values)
 
     def _receive(self, receive: Receive, memory: Tensor, work: Work) -> None:
+        with self._failing():
+            with self._recorder.span("exchange", bytes=receive.message.size, sender=receive.sender):
+                work.wait()
+                if self._control.error is not None:
+                    return
+                work.check(memory, lambda: self._described(receive))
+            with self._recorder.span("write", bytes=receive.message.size):
+                self._write_received(receive.message, memory)
+
+    def _write_received(self, message: Message, memory: Tensor) -> None:
+        at = 0
+        for piece in message.pieces:
+            dtype = self._entries[piece.key].dtype
+            size = piece.box.numel * dtype.itemsize
+            self._landings.land(piece.key, piece.box, as_tensor(memory[at : at + size], dtype, piece.box.sizes))
+            at += size
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Make what is raised the job's error."""
         try:
-            work.wait()
+            yield
         except BaseException as error:
             self._control.fail(error)
             raise
-        if self._control.error is None:
-            self._write_received(receive, memory, work)
-
-    def _write_received(self, receive: Receive, memory: Tensor, work: Work) -> None:
-        with _Writing(self):
-            work.check(memory, lambda: self._described(receive))
-            at = 0
-            for piece in receive.message.pieces:
-                dtype = self._entries[piece.key].dtype
-                size = piece.box.numel * dtype.itemsize
-                self._landings.land(piece.key, piece.box, as_tensor(memory[at : at + size], dtype, piece.box.sizes))
-                at += size
 
     def _described(self, receive: Receive) -> str:
         """The message's keys, and the bytes of the file that they are from."""
@@ -241,18 +240,3 @@ class Pipeline:
         dtype = self._entries[key].dtype
         size = frame.numel * dtype.itemsize
         return as_tensor(memory[at : at + size], dtype, frame.sizes)[box.slices(frame.offsets)]
-
-
-class _Writing:
-    """Times a write, and makes its failure the job's."""
-
-    def __init__(self, pipeline: Pipeline) -> None:
-        self._pipeline = pipeline
-
-    def __enter__(self) -> None:
-        self._begun = time.monotonic()
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        self._pipeline.seconds.write += time.monotonic() - self._begun
-        if error is not None:
-            self._pipeline._control.fail(error)  # noqa: SLF001

@@ -70,7 +70,18 @@ def test_the_sections_are_those_of_the_contract():
         return list(section.model_fields)
 
     proof = ["verify", "expect"]  # the library's too, so they come first
-    assert keys(Config) == [*proof, "source", "model", "mesh", "placements", "convert", "read", "output", "report"]
+    assert keys(Config) == [
+        *proof,
+        "source",
+        "model",
+        "mesh",
+        "placements",
+        "convert",
+        "read",
+        "output",
+        "report",
+        "trace",
+    ]
     assert keys(Source) == ["uri", "storage_options", "ignore", "strip_prefix", "revision"]
     model = ["builder", "dtype", "dtype_rules", "device", "vocabulary", "initialise", "dequantize"]
     assert keys(Model) == [*model, "trust_remote_code"]

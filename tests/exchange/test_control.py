@@ -336,7 +336,7 @@ def test_a_process_alone_needs_no_store():
         with control.phase("one"):
             assert control.broadcast("word", b"x") == b"x"
         assert control.may_start(0)
-        assert control.progress() == 0
+        assert [each.done for each in control.progress()] in ([], [0])
     begun = time.monotonic()
     with pytest.raises(LoaderError), Control(None, 0, 1) as control, control.phase("one"):
         raise CatalogError("wrong")

@@ -6,56 +6,28 @@ bytes, times in seconds. Null stands for what was not, or could not be, measured
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import humanize
-from fsspec.core import url_to_fs
-from fsspec.implementations.local import LocalFileSystem
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import field_validator
 
-from loader.errors import SinkError
 from loader.predicted import Predicted
+from loader.report.bound import Bound, Reading, advise, bound_by, spent
+from loader.report.rank import Part, RankReport, Seconds
+from loader.sinks.document import write_document
 from loader.uri import public_uri
 
 LISTED = 5
 """How many files the table tells of that were not checked whole."""
 
-Bound = Literal["bucket", "exchange", "convert", "write", "catalog", "plan", "start"]
+__all__ = ["Bound", "Checksum", "Memory", "RankReport", "Reading", "Report", "Seconds", "Source", "merge"]
 
-_PHASE_OF: Mapping[Bound, str] = {
-    "bucket": "read",
-    "exchange": "exchange",
-    "convert": "convert",
-    "write": "write",
-    "catalog": "catalog",
-    "plan": "plan",
-}
+WORTHWHILE = 1.0
+"""Seconds that the worst must have taken for advice on it."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Seconds(_Part):
-    """`read` and `exchange` are what the pipeline waited for them, `convert` and `write` what it was busy in them.
-
-    What `total` has beyond the phases is the start: the process group, the model, the fingerprint, the sink.
-    """
-
-    total: float
-    catalog: float = 0.0
-    plan: float = 0.0
-    read: float = 0.0
-    exchange: float = 0.0
-    convert: float = 0.0
-    write: float = 0.0
-
-
-class Source(_Part):
+class Source(Part):
     """`files` is how many there are, `pins` are by file name; `uri` is kept without what may be secret in it."""
 
     uri: str
@@ -69,7 +41,7 @@ class Source(_Part):
         return public_uri(uri)
 
 
-class Checksum(_Part):
+class Checksum(Part):
     """What was checked of a file. `algorithm` and `value` (hex) are the bucket's; the value is null where a `.bin`'s
     records have one each. `checked_bytes` are what they should be; `unchecked` says why not all were checked."""
 
@@ -79,33 +51,18 @@ class Checksum(_Part):
     unchecked: str | None
 
 
-class Memory(_Part):
+class Memory(Part):
     """Host memory above the shards: what a rank was allowed, and the most that any rank held."""
 
     budget_bytes: int
     peak_over_shards_bytes: int | None
 
 
-class RankReport(_Part):
-    """What one rank did. `retries` and `hedged_bytes` are summed into the job's and are not in the JSON's `ranks`."""
-
-    rank: int
-    host: str
-    fetched_bytes: int
-    gets: int
-    retries: int = Field(default=0, exclude=True)
-    hedged_bytes: int = Field(default=0, exclude=True)
-    exchanged_bytes: int
-    shard_bytes: int
-    peak_over_shards_bytes: int | None
-    seconds: Seconds
-
-
-class Report(_Part):
+class Report(Part):
     """The whole job, as in `report.json`. `egress_ratio` is fetched / needed bytes, null where nothing was needed.
 
-    `hedged_bytes`, of the fetched, may have come twice: what was late was asked for again. With `predicted` it is a
-    dry run's, and all of it is as planned.
+    `hedged_bytes`, of the fetched, may have come twice: what was late was asked for again. `advice` names the setting
+    that would help, where there is one. With `predicted` it is a dry run's, and all of it is as planned.
     """
 
     version: Literal[1] = 1
@@ -123,25 +80,23 @@ class Report(_Part):
     memory: Memory
     seconds: Seconds
     bound_by: Bound
+    advice: str | None = None
     fingerprint: str | None = None
     checksums: dict[str, Checksum] | None = None
     predicted: Predicted | None = None
     ranks: tuple[RankReport, ...]
 
     def to_json(self) -> str:
-        absent = {name for name in ("hedged_bytes", "checksums", "predicted") if not getattr(self, name)}
+        absent = {name for name in ("hedged_bytes", "advice", "checksums", "predicted") if not getattr(self, name)}
         return self.model_dump_json(indent=2, exclude=absent) + "\n"
+
+    def summary(self) -> dict[str, Any]:
+        """The JSON's fields that are the whole job's, without the pins."""
+        return self.model_dump(mode="json", exclude_none=True, exclude={"ranks": True, "source": {"pins"}})
 
     def write(self, path: str) -> None:
         """Write the JSON to a local path or any fsspec URL: whole or not at all. Raises SinkError."""
-        try:
-            fs, inner = url_to_fs(path)
-            if isinstance(fs, LocalFileSystem):
-                _replace(Path(inner), self.to_json())
-            else:
-                fs.pipe_file(inner, self.to_json().encode())
-        except Exception as error:
-            raise SinkError(f"{public_uri(path)}: cannot write the report: {type(error).__name__}: {error}") from error
+        write_document(path, [self.to_json()], "report")
 
     def table(self) -> str:
         """Lines for people, without colour: a job's log shows them as well as a terminal. A dry run has its own."""
@@ -155,9 +110,11 @@ class Report(_Part):
             "bucket": f"{self.gets:,} GETs, {_size(self.fetched_bytes)}, egress ratio {_ratio(self.egress_ratio)}, "
             f"{self.retries:,} retries; {_size(self.exchanged_bytes)} exchanged between ranks",
             "memory": self._memory(),
-            "seconds": ", ".join(f"{name} {value:.1f}" for name, value in self.seconds),
-            "bound by": f"{self.bound_by}, {spent(self.seconds)[self.bound_by]:.1f} s of {self.seconds.total:.1f} s",
-        } | self._verified()
+            "seconds": ", ".join(f"{name} {value:.1f}" for name, value in self.seconds if name != "sink"),
+            "bound by": f"{self.bound_by}, {spent(self.ranks)[self.bound_by]:.1f} s of {self.seconds.total:.1f} s",
+            **({"advice": self.advice} if self.advice else {}),
+            **self._verified(),
+        }
 
     def _verified(self) -> dict[str, str]:
         if self.fingerprint:
@@ -193,12 +150,19 @@ def merge(
     budget_bytes: int,
     fingerprint: str | None = None,
     checksums: Mapping[str, Checksum] | None = None,
+    reading: tuple[str, int] | None = None,
     predicted: Predicted | None = None,
 ) -> Report:
-    """The job's report of all its `ranks`: counts are summed; times and the memory peak are maxima."""
+    """The job's report of all its `ranks`: counts are summed; times and the memory peak are maxima.
+
+    With `reading`, the job's `read.share` and `read.concurrency`, there is advice.
+    """
     fetched = sum(each.fetched_bytes for each in ranks)
     peaks = [each.peak_over_shards_bytes for each in ranks if each.peak_over_shards_bytes is not None]
-    seconds = Seconds(**{name: max(getattr(each.seconds, name) for each in ranks) for name in Seconds.model_fields})
+    ratio = fetched / needed_bytes if needed_bytes else None
+    times = spent(ranks)
+    bound = bound_by(times)
+    worthwhile = times[bound] >= WORTHWHILE
     return Report(
         source=source,
         world_size=len(ranks),
@@ -206,38 +170,20 @@ def merge(
         tensors=tensors,
         needed_bytes=needed_bytes,
         fetched_bytes=fetched,
-        egress_ratio=fetched / needed_bytes if needed_bytes else None,
+        egress_ratio=ratio,
         gets=sum(each.gets for each in ranks),
         retries=sum(each.retries for each in ranks),
         hedged_bytes=sum(each.hedged_bytes for each in ranks),
         exchanged_bytes=sum(each.exchanged_bytes for each in ranks),
         memory=Memory(budget_bytes=budget_bytes, peak_over_shards_bytes=max(peaks, default=None)),
-        seconds=seconds,
-        bound_by=bound_by(seconds),
+        seconds=Seconds(**{name: max(getattr(each.seconds, name) for each in ranks) for name in Seconds.model_fields}),
+        bound_by=bound,
+        advice=advise(bound, ranks, Reading(*reading, ratio)) if reading and worthwhile else None,
         fingerprint=fingerprint,
         checksums=None if checksums is None else dict(checksums),
         predicted=predicted,
         ranks=tuple(sorted(ranks, key=lambda each: each.rank)),
     )
-
-
-def bound_by(seconds: Seconds) -> Bound:
-    """What took most of the time; of equals, what `spent` names first.
-
-    Waiting for reads counts as the bucket: total 10, plan 1, read 6, write 2 -> "bucket" (and 1 s is the start).
-    """
-    times = spent(seconds)
-    return max(times, key=lambda name: times[name])
-
-
-def spent(seconds: Seconds) -> dict[Bound, float]:
-    """`seconds` by what can bound a load.
-
-    Phases are maxima over different ranks, and may together exceed the total: start is then 0.
-    """
-    times = {bound: float(getattr(seconds, phase)) for bound, phase in _PHASE_OF.items()}
-    times["start"] = max(0.0, seconds.total - sum(times.values()))
-    return times
 
 
 def _size(count: int, *, binary: bool = False) -> str:
@@ -246,17 +192,3 @@ def _size(count: int, *, binary: bool = False) -> str:
 
 def _ratio(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.3f}"
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write beside `path`, then rename: a reader never sees half a report."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        Path(name).chmod(0o644)  # mkstemp's 0o600 would hide it from whoever collects reports
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

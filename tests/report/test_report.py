@@ -6,7 +6,8 @@ import fsspec
 import pytest
 
 from loader.errors import SinkError
-from loader.report import RankReport, Report, Seconds, Source, bound_by, merge
+from loader.report import RankReport, Report, Seconds, Source, merge
+from loader.report.bound import bound_by, spent
 from loader.uri import public_uri
 
 SOURCE = Source(uri="s3://models/llama", files=2, checkpoint_bytes=2_000, pins={"a": '"etag-a"', "b": '"etag-b"'})
@@ -85,6 +86,8 @@ def test_what_was_not_measured_or_needed_is_null():
         (Seconds(total=10, exchange=4, read=3), "exchange"),
         (Seconds(total=10, convert=6), "convert"),
         (Seconds(total=10, write=6), "write"),
+        (Seconds(total=10, write=6, sink=5), "sink"),
+        (Seconds(total=10, read=5, convert=4, write=3), "convert"),
         (Seconds(total=10, catalog=6), "catalog"),
         (Seconds(total=10, plan=6), "plan"),
         (Seconds(total=10, read=4, plan=1), "start"),
@@ -93,7 +96,78 @@ def test_what_was_not_measured_or_needed_is_null():
     ],
 )
 def test_bound_by_is_what_took_most_of_the_time(seconds, expected):
-    assert bound_by(seconds) == expected
+    assert bound_by(spent([rank(0, seconds=seconds)])) == expected
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expected"),
+    [
+        ([{"read": 5}, {"exchange": 5}], {"bucket": 5, "exchange": 0}),
+        ([{"convert": 5}, {"exchange": 5}], {"convert": 5, "exchange": 0}),
+        ([{"read": 3, "exchange": 4}] * 2, {"bucket": 3, "exchange": 4}),
+        ([{"read": 5, "exchange": 2}] * 2, {"bucket": 5, "exchange": 2}),
+        ([{"read": 5}, {"read": 1, "exchange": 6}], {"bucket": 5, "exchange": 2}),
+    ],
+)
+def test_who_waits_for_another_rank_waits_for_what_that_one_is_busy_with(ranks, expected):
+    times = spent([rank(number, seconds=Seconds(total=10, **each)) for number, each in enumerate(ranks)])
+    assert {name: times[name] for name in expected} == expected
+
+
+def test_advice_is_in_the_json_and_the_table_where_there_is_any():
+    seconds = Seconds(total=10, exchange=8)
+    report = job(*(rank(n, seconds=seconds) for n in range(4)), reading=("world", 16))
+    assert report.bound_by == "exchange"
+    assert json.loads(report.to_json())["advice"] == report.advice
+    assert report.table().splitlines()[-1] == f"advice    {report.advice}"
+    for no in (Seconds(total=9), Seconds(total=1, exchange=0.9)):  # none to give, or nothing to gain
+        assert "advice" not in json.loads(job(rank(0, seconds=no), reading=("world", 16)).to_json())
+
+
+MANY = {"get_seconds": 540.0, "fetched_bytes": 27_000_000_000, "gets": 3000}
+BUCKET = {"seconds": Seconds(total=10, read=9), "gets": 100, "fetched_bytes": 800_000_000, "get_seconds": 144.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reading", "setting"),
+    [
+        ({"throttled": 6}, ("none", 16), "read.concurrency: the bucket throttled 24 of 400 GETs"),
+        ({}, ("none", 16), "read.share: world reads each byte once; it was 2.0 times"),
+        ({}, ("world", 16), "the link is full, at 5.6 MB/s over each of 16 connections"),
+        (MANY, ("world", 16), "read.concurrency: 50.0 MB/s over each of 60 connections"),
+        (
+            MANY | {"seconds": Seconds(total=30, read=27)},
+            ("world", 16),
+            "the link is full, at 50.0 MB/s over each of 20",
+        ),
+        (
+            MANY | {"seconds": Seconds(total=30, read=27), "gets": 90},
+            ("world", 16),
+            "read.concurrency: 50.0 MB/s over ",
+        ),
+        ({"get_seconds": 14.4}, ("world", 16), "read.memory_budget: 2 of 16 ranges were in flight"),
+        ({"get_seconds": 14.4, "gets": 3}, ("world", 16), "read.range_size: 2 of 16 ranges were in flight"),
+        ({"seconds": Seconds(total=9, exchange=8)}, ("world", 16), "read.share: node"),
+        ({"seconds": Seconds(total=9, exchange=8)}, ("node", 16), "read.share: none"),
+        ({"seconds": Seconds(total=9, exchange=8), "host": "node-0"}, ("world", 16), "read.share: none"),
+        (
+            {"seconds": Seconds(total=9, convert=8), "threads": 2},
+            ("world", 16),
+            "OMP_NUM_THREADS: the conversion ran on 2",
+        ),
+        (
+            {"seconds": Seconds(total=9, write=8)},
+            ("world", 16),
+            "OMP_NUM_THREADS: the shards were written on 1 thread ",
+        ),
+        ({"seconds": Seconds(total=9, write=8, sink=7)}, ("world", 16), "output.checkpoint: "),
+        ({"seconds": Seconds(total=9, catalog=8)}, ("world", 16), "read.concurrency: the files' headers"),
+        ({"seconds": Seconds(total=9, plan=8)}, ("world", 16), "read.range_size: "),
+    ],
+)
+def test_advice_names_the_setting_that_would_help(changes, reading, setting):
+    report = job(*(rank(n, **(BUCKET | changes)) for n in range(4)), reading=reading, needed_bytes=1_600_000_000)
+    assert (report.advice or "").startswith(setting)
 
 
 def test_a_fingerprint_is_in_the_json_and_the_table():

@@ -1,0 +1,200 @@
+"""The timeline of a load: every rank's, on one clock, in a file that viewers of Chrome's trace format open."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loader import timeline
+from loader.init_from_hf import main
+from tests.checkpoints import random_checkpoint
+from tests.misbehaving import Misbehaving, first, from_then_on, status
+from tests.proxy import CountingProxy
+from tests.ranks import run_ranks
+
+RANKS = 3
+TENSORS = {f"layers.{number}.weight": (torch.bfloat16, (768, 512)) for number in range(4)}
+
+
+def _main(config: str, kept: int | None = None) -> int:
+    timeline.KEPT = kept or timeline.KEPT
+    return main(["--config", config])
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("checkpoint")
+    random_checkpoint(directory, TENSORS)
+    return directory
+
+
+def _config(directory: Path, uri: str, options: dict[str, Any], **sections: Any) -> str:
+    path = directory / "config.yaml"
+    sections = {
+        "source": {"uri": uri, "storage_options": options},
+        "model": {"builder": None},
+        "mesh": {"dp_replicate": RANKS},
+        "read": {"range_size": "64KiB", "memory_budget": "64MiB", "retries": 1, "concurrency": 4},
+        "report": str(directory / "report.json"),
+        "trace": str(directory / "trace.json"),
+        **sections,
+    }
+    path.write_text(json.dumps(sections))
+    return str(path)
+
+
+def _read(directory: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    trace = json.loads((directory / "trace.json").read_text())
+    return trace, [each for each in trace["traceEvents"] if each["ph"] == "X"]
+
+
+def _of(spans: list[dict[str, Any]], name: str, rank: int | None = None) -> list[dict[str, Any]]:
+    return [each for each in spans if each["name"] == name and rank in {None, each["pid"]}]
+
+
+@pytest.fixture(scope="module")
+def loaded(s3, checkpoint, tmp_path_factory):
+    """A load whose every rank is refused a GET once, saved as a checkpoint: its trace, the spans in it, its report."""
+    directory, uri = tmp_path_factory.mktemp("loaded"), s3.put(checkpoint)
+    with CountingProxy(s3.endpoint, listeners=RANKS) as proxy:
+        proxy.on_request(Misbehaving({uri.rsplit("/", 1)[1]: first(1, status(503))}))
+        config = _config(directory, uri, {}, output={"checkpoint": str(directory / "out")})
+        environment = [s3.at(proxy.url_for(rank)).environment for rank in range(RANKS)]
+        assert run_ranks(RANKS, _at, config, environment, init=False) == [0] * RANKS
+    assert s3.storage_options["secret"] not in (directory / "trace.json").read_text()
+    return *_read(directory), json.loads((directory / "report.json").read_text())
+
+
+def _at(config: str, environment: list[dict[str, str]]) -> int:
+    os.environ |= environment[int(os.environ["RANK"])]
+    return _main(config)
+
+
+def test_every_rank_and_lane_is_named(loaded):
+    trace, spans, report = loaded
+    named = {each["pid"]: each["args"]["name"] for each in trace["traceEvents"] if each["name"] == "process_name"}
+    assert named == {each["rank"]: f"rank {each['rank']} on {each['host']}" for each in report["ranks"]}
+    lanes = [each for each in trace["traceEvents"] if each["name"] == "thread_name"]
+    names = {(each["pid"], each["tid"]): each["args"]["name"] for each in lanes}
+    assert len(names) == len(lanes)
+    assert names.keys() == {(each["pid"], each["tid"]) for each in spans}
+    for rank in range(RANKS):
+        mine = {name for (pid, _), name in names.items() if pid == rank}
+        assert {"phases", "rounds", "write", "read 0"} <= mine
+
+
+def test_reads_are_there_range_by_range(loaded):
+    _, spans, report = loaded
+    for rank in report["ranks"]:
+        gets = _of(spans, "GET", rank["rank"])
+        looked = 0 if rank["rank"] else 1  # rank 0 reads the header too
+        assert sum(each["args"]["gets"] for each in gets) == rank["gets"] - looked
+        assert sorted(each["args"]["retries"] for each in gets)[-2:] == [0, 1]
+        assert {each["args"]["file"] for each in gets} == {"model.safetensors"}
+    starts = sorted((each["args"]["start"], each["args"]["bytes"]) for each in _of(spans, "GET"))
+    assert all(start + size == after for (start, size), (after, _) in itertools.pairwise(starts))
+    assert sum(size for _, size in starts) == report["needed_bytes"]
+
+
+def test_a_range_that_waits_for_its_turn_is_not_in_flight(loaded):
+    _, spans, _ = loaded
+    for rank in range(RANKS):
+        gets = _of(spans, "GET", rank)
+        first_end = min(each["ts"] + each["dur"] for each in gets)
+        assert len(gets) > 12
+        assert 0 < len([each for each in gets if each["ts"] < first_end]) <= 8  # 4, and who was quick to follow
+
+
+def test_exchange_writes_phases_and_the_sink_are_there(loaded):
+    _, spans, report = loaded
+    for rank in range(RANKS):
+        sent = sum(
+            each["args"]["bytes"] * each["args"]["to"] for each in _of(spans, "exchange", rank) if "to" in each["args"]
+        )
+        assert sent == report["ranks"][rank]["exchanged_bytes"] > 0
+        assert sum(each["args"]["bytes"] for each in _of(spans, "write", rank)) == report["needed_bytes"]
+        for phase in ("open", "catalog", "build", "plan", "rounds", "save"):
+            (span,) = _of(spans, phase, rank)
+            assert 0 < span["dur"] <= report["seconds"]["total"] * 1e6
+
+
+def test_the_reports_seconds_are_the_spans(loaded):
+    _, spans, report = loaded
+    for rank in report["ranks"]:
+        for name in ("read", "exchange"):
+            assert rank["seconds"][name] == pytest.approx(
+                sum(each["dur"] for each in _of(spans, name, rank["rank"])) / 1e6, abs=1e-3
+            )
+        written = sum(each["dur"] for name in ("write", "save") for each in _of(spans, name, rank["rank"])) / 1e6
+        assert rank["seconds"]["write"] == pytest.approx(written, abs=1e-3)
+
+
+def test_all_is_on_one_clock(loaded):
+    """No rank is done with a phase before every rank has begun it."""
+    trace, spans, _ = loaded
+    for phase in ("catalog", "plan", "rounds"):
+        ends = [each["ts"] + each["dur"] for each in _of(spans, phase)]
+        assert len(ends) >= RANKS
+        assert max(each["ts"] for each in _of(spans, phase)) < min(ends)
+    assert all(each["ts"] >= 0 for each in spans)
+    assert [each["offset_seconds"] for each in trace["otherData"]["ranks"]] == [0] * RANKS
+
+
+def test_the_spans_of_a_lane_nest(loaded):
+    _, spans, _ = loaded
+    by_lane = itertools.groupby(sorted(spans, key=_lane_and_time), key=lambda each: (each["pid"], each["tid"]))
+    for _, lane in by_lane:
+        open_until: list[float] = []
+        for each in lane:
+            while open_until and open_until[-1] <= each["ts"] + 0.2:  # of rounded microseconds
+                open_until.pop()
+            end = each["ts"] + each["dur"]
+            assert not open_until or end <= open_until[-1] + 0.2
+            open_until.append(end)
+
+
+def _lane_and_time(event: dict[str, Any]) -> tuple[float, ...]:
+    return event["pid"], event["tid"], event["ts"], -event["dur"]
+
+
+def test_of_more_spans_than_are_kept_the_longest_are_there_and_the_rest_is_told(checkpoint, tmp_path):
+    config = _config(tmp_path, str(checkpoint), {})
+    assert run_ranks(RANKS, _main, config, 12, init=False) == [0] * RANKS
+    trace, spans = _read(tmp_path)
+    for about in trace["otherData"]["ranks"]:
+        assert len([each for each in spans if each["pid"] == about["rank"]]) == 12
+        assert about["shorter_spans_left_out"]["GET"] > 3
+        assert _of(spans, "rounds", about["rank"])
+
+
+def test_a_load_that_fails_leaves_what_was_there_until_then(s3, checkpoint, tmp_path):
+    uri = s3.put(checkpoint)
+    with CountingProxy(s3.endpoint) as proxy:
+        proxy.on_request(Misbehaving({uri.rsplit("/", 1)[1]: from_then_on(0, 4, status(500))}))
+        config = _config(tmp_path, uri, s3.at(proxy.url).storage_options)
+        ends = run_ranks(RANKS, _main, config, init=False, outcomes=True)
+    assert all("StoreError" in each.output for each in ends)
+    trace, spans = _read(tmp_path)
+    assert {each["pid"] for each in spans} == set(range(RANKS))
+    assert {each["args"].get("error") for each in _of(spans, "GET")} >= {None, "StoreError"}
+    assert s3.storage_options["secret"] not in json.dumps(trace)
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_a_trace_that_cannot_be_written_ends_the_job(checkpoint, tmp_path):
+    (tmp_path / "file").touch()
+    config = _config(tmp_path, str(checkpoint), {}, trace=str(tmp_path / "file" / "trace.json"))
+    ends = run_ranks(RANKS, _main, config, init=False, outcomes=True)
+    assert all("SinkError" in each.output and "cannot write the trace" in each.output for each in ends)
+
+
+def test_without_the_key_there_is_none(checkpoint, tmp_path):
+    config = _config(tmp_path, str(checkpoint), {}, trace=None)
+    assert run_ranks(RANKS, _main, config, init=False) == [0] * RANKS
+    assert {each.name for each in tmp_path.iterdir()} == {"config.yaml", "report.json"}
