@@ -29,6 +29,7 @@ from loader.place.targets import Target, targets_of
 from loader.place.user_code import resolve
 from loader.progress import Show
 from loader.store.base import Access
+from loader.store.flow import PLACE_BYTES, most_places
 from loader.store.schemes import client_bytes, import_scheme
 from loader.store.source import Source, read_source
 from loader.store.store import Store
@@ -70,7 +71,13 @@ class Job:
             access = Access(uri, dict(storage_options), read.concurrency, read.timeout, read.backend)
             import_scheme(access)  # imports are no cost of a load; what is taken from here on is
             before = anonymous_bytes()
-            self.store = Store(access, retries=read.retries, deadline=read.deadline, pause=control.pause)
+            self.store = Store(
+                access,
+                retries=read.retries,
+                deadline=read.deadline,
+                pause=control.pause,
+                most_at_once=most_places(read.concurrency, read.memory_budget),
+            )
         with control.phase("catalog"):
             found = b""
             if control.rank == 0:
@@ -117,9 +124,10 @@ class Job:
 
     @property
     def reserved_bytes(self) -> int:
-        """What of the memory budget the storage client, the catalog and a timeline take."""
+        """What of the memory budget the storage client, its further places, the catalog and a timeline take."""
+        places = PLACE_BYTES * (self.store.most_at_once - self.read.concurrency)
         kept = self.control.recorder.kept_bytes
-        return client_bytes(self.store.uri) + KEY_BYTES * len(self.source.catalog.keys) + kept
+        return client_bytes(self.store.uri) + places + KEY_BYTES * len(self.source.catalog.keys) + kept
 
     def watch_memory(self) -> None:
         """Measure from now on, with what the client and the catalog hold. Before memory is given to the model."""

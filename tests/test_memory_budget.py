@@ -63,7 +63,9 @@ def _tensor(key: str) -> torch.Tensor:
     return torch.arange(first, first + shape[0] * shape[1], dtype=torch.int32).view(shape).view(torch.float32)
 
 
-def _load(uri: str, options: Mapping, layout: str, budget: int) -> tuple[list[str], int, Report]:
+def _load(
+    uri: str, options: Mapping, layout: str, budget: int, range_size: str = "4MiB"
+) -> tuple[list[str], int, Report]:
     mesh = init_device_mesh("cpu", (4,))
     placement = LAYOUTS[layout]
     state = {}
@@ -77,7 +79,7 @@ def _load(uri: str, options: Mapping, layout: str, budget: int) -> tuple[list[st
         state[key] = DTensor.from_local(shard, mesh, [placement], run_check=False, shape=shape, stride=(shape[1], 1))
     import_scheme(Access(uri, dict(options), 1, 1.0))
     with Peak() as peak:
-        report = load(state, uri, storage_options=options, memory_budget=budget, range_size="4MiB")
+        report = load(state, uri, storage_options=options, memory_budget=budget, range_size=range_size)
     wrong = [key for key, each in state.items() if not _right(each.to_local(), _tensor(key), placement)]
     return wrong, peak.bytes, report
 
@@ -109,8 +111,8 @@ def uri(s3, directory):
     return s3.put(directory)
 
 
-def _check(uri: str, options: Mapping, layout: str, budget: int) -> None:
-    for wrong, peak, report in run_ranks(4, _load, uri, options, layout, budget):
+def _check(uri: str, options: Mapping, layout: str, budget: int, *range_size: str) -> None:
+    for wrong, peak, report in run_ranks(4, _load, uri, options, layout, budget, *range_size):
         assert wrong == []
         assert peak <= budget
         assert 0 < report.memory.peak_over_shards_bytes <= budget == report.memory.budget_bytes
@@ -124,6 +126,10 @@ def test_the_peak_above_the_shards_is_within_the_budget(directory, layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_bucket_s_client_is_within_it_too(s3, uri, layout):
     _check(uri, s3.storage_options, layout, WITH_CLIENT)
+
+
+def test_what_small_ranges_take_beside_their_bytes_is_within_it(s3, uri):
+    _check(uri, s3.storage_options, "replicated", 2 * WITH_CLIENT, "64KiB")
 
 
 def _refused(uri: str, options: Mapping) -> str:

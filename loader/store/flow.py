@@ -16,6 +16,12 @@ from contextlib import contextmanager
 MOST = 64
 """Ranges at once, at most: 5.4 GB/s at 85 MB/s a connection, what a 400 Gbit/s link has for each of 8 ranks."""
 
+PLACE_BYTES = 100 * 1024
+"""What a place takes beside the range: its thread's stack and its connection, as measured."""
+
+PLACES_SHARE = 32
+"""Places beyond the first take 1/32 of a memory budget at most."""
+
 WINDOW = 2
 """How many ranges each place has read when it is looked what they bring."""
 
@@ -26,17 +32,22 @@ CALM = 10.0
 """Seconds after a server has asked for fewer requests until one more is tried again, and between that and the next."""
 
 
+def most_places(first: int, memory_budget: int) -> int:
+    """How many there may be, of `first`, in a budget of so many bytes: 64 of 16 in 512 MiB, 36 in 64, 18 in 8."""
+    return max(first, min(MOST, first + memory_budget // PLACES_SHARE // PLACE_BYTES))
+
+
 class Flow:
     """The places for ranges that are read at once, given in the order in which they are asked for."""
 
-    def __init__(self, places: int) -> None:
-        """`places` are had at first; more than MOST only if it is more."""
+    def __init__(self, places: int, most: int) -> None:
+        """`places` are had at first, `most` at most."""
         self.places = places
-        self.most = max(MOST, places)
+        self.most = most
         self._taken = 0
         self._waiting: deque[threading.Event] = deque()
         self._lock = threading.Lock()
-        self._growing = places < self.most
+        self._growing = places < most
         self._calm_at: float | None = None
         self._rate = 0.0
         self._ranges = self._bytes = 0

@@ -76,7 +76,15 @@ class Store:
     `most_at_once`.
     """
 
-    def __init__(self, access: Access, *, retries: int, deadline: float, pause: Pause | None = None) -> None:
+    def __init__(
+        self,
+        access: Access,
+        *,
+        retries: int,
+        deadline: float,
+        pause: Pause | None = None,
+        most_at_once: int | None = None,
+    ) -> None:
         directory, self.only = split_uri(access.uri)
         self.uri = public_uri(access.uri)
         self.tally = Tally()
@@ -88,8 +96,8 @@ class Store:
         self._retry = Retry(retries, self._until, self._closed, pause or Pause(), self._count_retry)
         self._lock = threading.Lock()
         self._patience = Patience(access.timeout)
-        self._flow = Flow(access.concurrency)
-        self.most_at_once = self._flow.most
+        self.most_at_once = most_at_once or access.concurrency
+        self._flow = Flow(access.concurrency, self.most_at_once)
         self._access = replace(access, uri=directory, until=self._until, concurrency=self.most_at_once)
         self._scheme = self._open()
 

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from loader.store import flow
-from loader.store.flow import CALM, MOST, Flow
+from loader.store.flow import CALM, MOST, Flow, most_places
 
 
 class Clock:
@@ -45,19 +45,24 @@ def read_all(places: Flow, clock: Clock, ranges: int, seconds) -> list[int]:
 
 @pytest.mark.parametrize("first", [1, 4, 16])
 def test_more_at_once_where_each_waits_for_its_first_byte(clock, first):
-    assert read_all(Flow(first), clock, 3000, lambda _: 0.05)[-1] == MOST
+    assert read_all(Flow(first, MOST), clock, 3000, lambda _: 0.05)[-1] == MOST
 
 
 @pytest.mark.parametrize("first", [1, 4, 16])
 def test_no_more_than_fill_the_link(clock, first):
     """A range is 50 ms of waiting and 5 ms of the link: 11 at once fill it."""
-    history = read_all(Flow(first), clock, 3000, lambda busy: max(0.055, 0.005 * busy))
+    history = read_all(Flow(first, MOST), clock, 3000, lambda busy: max(0.055, 0.005 * busy))
     assert 8 <= history[-1] <= 16
     assert max(history) <= 32, "and no more than twice as many are tried"
 
 
+def test_there_may_be_as_many_as_a_budget_bears():
+    assert [most_places(16, mib << 20) for mib in (8, 64, 512, 4096)] == [18, 36, MOST, MOST]
+    assert most_places(100, 8 << 20) == 100, "who asks for more gets it"
+
+
 def test_where_there_is_nothing_more_to_read_nothing_is_tried(clock):
-    places = Flow(4)
+    places = Flow(4, MOST)
     for _ in range(100):
         with places.place():
             clock.now += 0.05
@@ -66,7 +71,7 @@ def test_where_there_is_nothing_more_to_read_nothing_is_tried(clock):
 
 
 def test_a_server_that_asks_for_fewer_has_half_and_one_more_in_a_while(clock):
-    places = Flow(16)
+    places = Flow(16, MOST)
     places.throttled()
     clock.now += 0.2
     places.throttled()
@@ -91,7 +96,7 @@ def test_a_server_that_asks_for_fewer_has_half_and_one_more_in_a_while(clock):
 
 
 def test_places_are_given_in_the_order_in_which_they_are_asked_for():
-    places, order = Flow(1), []
+    places, order = Flow(1, MOST), []
 
     def read(number):
         with places.place():
