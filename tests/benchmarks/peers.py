@@ -1,6 +1,6 @@
 """One checkpoint into one mesh by four ways: this loader, with and without sharing, and what is done without it.
 
-    python tests/benchmarks/peers.py [--size 512MiB] [--repeats 3] [--ranks 4] [--mesh fsdp] [--budget 128MiB]
+    python tests/benchmarks/peers.py [--size 2GiB] [--repeats 3] [--ranks 4] [--mesh fsdp] [--budget 128MiB]
 
 A Llama-shaped checkpoint of random bits, in several files, is put on a real S3 server (SeaweedFS) on loopback. Then for
 each mesh (FSDP over all ranks; HSDP, twice over half of them; TP, every matrix cut by columns) each contender (see
@@ -190,7 +190,7 @@ def run_all(benchmark: Benchmark, meshes: Sequence[str], repeats: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=parse_bytes, default="512MiB", help="of the checkpoint, about")
+    parser.add_argument("--size", type=parse_bytes, default="2GiB", help="of the checkpoint, about")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--mesh", action="append", choices=["fsdp", "hsdp", "tp"], help="may be repeated; default: all")
