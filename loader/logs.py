@@ -61,6 +61,10 @@ class Voice:
         return json.dumps({**about, "rank": self.rank, "host": self.host, "message": message, **fields})
 
 
+PLAIN = Voice()
+"""As without any flag."""
+
+
 class _Lines(logging.Formatter):
     def __init__(self, voice: Voice) -> None:
         super().__init__()

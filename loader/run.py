@@ -12,7 +12,7 @@ from loader.account import report_on
 from loader.build import build_model, needless_keys, open_job, own_conversion, wishes_of
 from loader.config import Config, resolve_mesh
 from loader.exchange.control import Control
-from loader.logs import Voice
+from loader.logs import PLAIN, Voice
 from loader.outputs import prepared
 from loader.place.mesh import make_mesh
 from loader.place.user_code import resolve
@@ -20,7 +20,7 @@ from loader.sinks import entrypoint
 from loader.store.source import read_whole
 
 
-def run(config: Config, control: Control, device: torch.device, voice: Voice) -> Callable[[], int]:
+def run(config: Config, control: Control, device: torch.device, voice: Voice = PLAIN) -> Callable[[], int]:
     """Build, load, report: every rank of the default process group calls it.
 
     `voice` is how it speaks. Returns what is left to do, and gives the exit code: the user's program. It may train for
