@@ -30,7 +30,7 @@ FAULTS = {"within the body": stall, "before the reply": unanswered}
 
 
 def load(uris: list[str], options: list[dict[str, Any]], whole: str) -> Any:
-    patience.LEAST = 2.0  # on a busy machine more than one read takes 0.3 s, and they would use up the share
+    patience.LEAST = 2.0  # on a busy machine more than one read takes 0.5 s, and they would use up the share
     rank = torch.distributed.get_rank()
     mesh = init_device_mesh("cpu", (RANKS,))
     expected = {key: shard(tensor, mesh, [Shard(0)]) for key, tensor in load_file(whole).items()}

@@ -21,8 +21,8 @@ SLOW = 0.9
 TIMES = 4.0
 """A read that has been silent for so many times what a slow one takes in all is late."""
 
-LEAST = 0.3
-"""Seconds that any read may be silent: a new connection and a bucket's first byte take less than half of that."""
+LEAST = 0.5
+"""Seconds that any read may be silent: a new connection and a bucket's first byte take less than a third of that."""
 
 SHARE = 0.02
 """Of the bytes that were read, what may be asked for twice."""
@@ -48,7 +48,7 @@ class Patience:
     def seconds(self, again: int) -> float:
         """How long a read may be silent that would cost `again` bytes asked for twice.
 
-        Of 64 reads of 0.1 to 0.2 s: 0.8 s. Of as many of 10 ms: 0.3 s.
+        Of 64 reads of 0.1 to 0.2 s: 0.8 s. Of as many of 10 ms: 0.5 s.
         """
         with self._lock:
             if len(self._took) < KNOWN or self._again_bytes + again > SHARE * self._read_bytes:

@@ -74,6 +74,7 @@ def test_who_hung_once_may_ask_again_and_a_sign_of_life_counts(directory):
 
 
 def test_closing_ends_the_threads(directory):
+    before = set(threading.enumerate())  # those of other tests may hang still
     aside = Aside(5, math.inf)
     threads = [threading.Thread(target=aside.call, args=(lambda _: time.sleep(0),)) for _ in range(3)]
     for thread in threads:
@@ -81,4 +82,4 @@ def test_closing_ends_the_threads(directory):
     for thread in threads:
         thread.join()
     aside.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "loader-file"]
+    assert not [each for each in set(threading.enumerate()) - before if each.name == "loader-file"]
