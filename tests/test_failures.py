@@ -160,9 +160,8 @@ def _suffer(uri: str, endpoints: Sequence[str]) -> dict[str, Any]:
             begun = time.monotonic()
             try:
                 options = {"config_kwargs": {"user_agent_extra": f"load/{name}"}}
-                more = (
-                    {"retries": 30, "timeout": "30s"} if name in MENDED else {}
-                )  # what passes by may hit one range again
+                # What passes by may hit one range again.
+                more = {"retries": 30, "timeout": "30s"} if name in MENDED else {}
                 told[name] = loader.load(target, uri, storage_options=options, **READ | more)
                 assert differences(target, expected) == [], name
             except LoaderError as error:

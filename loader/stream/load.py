@@ -19,7 +19,7 @@ from loader.memory import PeakMemory, untouched_bytes
 from loader.place.targets import Target
 from loader.plan.catalog import Catalog
 from loader.plan.claims import Claims, Spans
-from loader.plan.plan import Share
+from loader.plan.plan import Plan, Share
 from loader.plan.schedule import Schedule
 from loader.progress import Progress, Show
 from loader.recording import Recorder
@@ -86,11 +86,7 @@ def fill(
         demand, landings = make_demand(targets, outputs, catalog, wanted, terms.portion, control.recorder)
     planned = agree_on_plan(control, demand, catalog, share=manner.share, node=manner.node, terms=terms)
     schedule = Schedule(planned.plan, list(catalog.entries.values()), control.rank)
-    checks = None
-    if claims is not None:
-        with control.phase("claims"):
-            plan = planned.plan
-            checks = Checks(control, claims, Spans(plan.file, plan.start, plan.stop), catalog)
+    checks = _checks(control, claims, planned.plan, catalog)
     fresh = untouched_bytes(target.tensor for target in targets) or 0
     memory.landed = lambda: min(fresh, landings.landed_bytes)
     landings.fill()
@@ -120,6 +116,14 @@ def fill(
         peak,
         checked,
     )
+
+
+def _checks(control: Control, claims: Claims | None, plan: Plan, catalog: Catalog) -> Checks | None:
+    """Of what the plan reads; None where nothing is to be checked."""
+    if claims is None:
+        return None
+    with control.phase("claims"):
+        return Checks(control, claims, Spans(plan.file, plan.start, plan.stop), catalog)
 
 
 def _reader(
