@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from loader.errors import CatalogError, LoaderError, PinError, StoreError
@@ -48,8 +48,8 @@ HANGS = "See to the mount or the client, and start again"
 
 @dataclass(slots=True)
 class _Reading:
-    """A range on its way into `buffer`: `filled` bytes are there, after so many `tries` and `gets`. It `waited` so
-    many seconds for a place. `renewed`: with credentials that were made anew."""
+    """A range on its way into `buffer`: `filled` bytes are there, after so many `tries` and `gets`. It was first asked
+    for after it had `waited` so many seconds. `renewed`: with credentials that were made anew."""
 
     name: str
     pin: str
@@ -59,8 +59,9 @@ class _Reading:
     filled: int = 0
     tries: int = 0
     gets: int = 0
-    waited: float = 0.0
     renewed: bool = False
+    since: float = field(default_factory=time.monotonic)
+    waited: float | None = None
 
     @property
     def rest(self) -> memoryview:
@@ -184,6 +185,7 @@ class Store:
             raise self._told(
                 StoreError, f"{where}: ", error, ": the store answered before, and refuses now"
             ) from self._secrets.cause(error)
+        assert reading.waited is not None, "it has been asked for"
         return Asked(reading.gets, reading.tries - 1, reading.waited)
 
     def _read_rest(self, reading: _Reading) -> None:
@@ -196,11 +198,11 @@ class Store:
         """Whether it came; if `hedged`, it may also have been late."""
         got, scheme, again = 0, self._scheme, min(PIECE, len(reading.rest))
         try:
-            asked = time.monotonic()
             with self._flow.place():
                 self._retry.wait_out_the_pause()  # it may have been asked for since this range began to wait
                 begun = time.monotonic()
-                reading.waited += begun - asked
+                if reading.waited is None:
+                    reading.waited = begun - reading.since
                 silence = self._patience.seconds(again) if hedged else self._access.timeout
                 scheme.read(reading.name, reading.pin, reading.start + reading.filled, reading.rest, silence)
             got = len(reading.rest)

@@ -32,8 +32,8 @@ class Tally:
 
 
 class Asked(NamedTuple):
-    """What one range took. A GET is no retry where it asks again for what was late. For so many seconds it `waited` for
-    a place among those that are read at once."""
+    """What one range took. A GET is no retry where it asks again for what was late. It was first asked for after it had
+    `waited` so many seconds: for a place among those that are read at once, and in a pause."""
 
     gets: int
     retries: int
