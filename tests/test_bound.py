@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 import loader
-from loader.exchange.transport import Transport, Work
+from loader.exchange.gloo import GlooTransport, GlooWork
 from loader.init_from_hf import main
 from tests.checkpoints import random_checkpoint
 from tests.misbehaving import Misbehaving, first, status
@@ -59,7 +59,7 @@ def through(link: Link, wanted: Callable[[Request], bool]) -> Callable[[Request,
     return hook
 
 
-class SlowWork(Work):
+class SlowWork(GlooWork):
     """A message that came over a slow link."""
 
     arrival = 0.0
@@ -71,15 +71,15 @@ class SlowWork(Work):
 
 def slow_exchange() -> None:
     """From now on messages to this rank come over a slow link."""
-    link, receive = Link(), Transport.receive
+    link, receive = Link(), GlooTransport.receive
 
-    def slowly(self: Transport, view: torch.Tensor, sender: int) -> Work:
+    def slowly(self: GlooTransport, view: torch.Tensor, sender: int) -> GlooWork:
         work = receive(self, view, sender)
         slow = SlowWork(work._works, work._peer, work._crc)
         slow.arrival = link.until(view.numel())
         return slow
 
-    Transport.receive = slowly  # type: ignore[method-assign]
+    GlooTransport.receive = slowly  # type: ignore[method-assign]
 
 
 def laborious(checkpoint: Mapping[str, torch.Tensor], _: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -18,6 +18,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import loader
+from tests import stages
 from tests.checkpoints import random_tensor
 from tests.ranks import run_ranks
 from tests.shards import DTYPES, blank, differences, shard, write_file
@@ -86,8 +87,9 @@ def checkpoint(s3, tmp_path_factory):
     return s3.put(directory), s3.storage_options
 
 
-def _load_layouts(uri: str, options: Mapping, read: Mapping) -> list[str]:
-    meshes = {sizes: init_device_mesh("cpu", sizes) for sizes, _ in LAYOUTS.values()}
+def _load_layouts(uri: str, options: Mapping, read: Mapping, device: str = "cpu") -> list[str]:
+    kind = stages.use(device)
+    meshes = {sizes: init_device_mesh(kind, sizes) for sizes, _ in LAYOUTS.values()}
     expected = {}
     for key, tensor in _whole().items():
         sizes, placements = LAYOUTS[key.partition(":")[0]]
@@ -97,9 +99,10 @@ def _load_layouts(uri: str, options: Mapping, read: Mapping) -> list[str]:
     return differences(state, expected)
 
 
+@pytest.mark.parametrize("device", stages.DEVICES)
 @pytest.mark.parametrize("read", READS, ids=["defaults", "small ranges"])
-def test_every_layout_shape_and_dtype(checkpoint, read):
-    assert run_ranks(4, _load_layouts, *checkpoint, read) == [[]] * 4
+def test_every_layout_shape_and_dtype(checkpoint, read, device):
+    assert run_ranks(4, _load_layouts, *checkpoint, read, device) == [[]] * 4
 
 
 @pytest.mark.parametrize("share", ["node", "none"])

@@ -49,11 +49,14 @@ def fake_group(rank: int, world_size: int) -> Iterator[None]:
 
 
 def own_device(wanted: str) -> torch.device:
-    """`auto` is this rank's CUDA device where there is one, else the CPU. Raises ConfigError where there is no CUDA."""
+    """`auto` is this rank's CUDA device where there is one, else the CPU. Raises ConfigError where there is no CUDA.
+
+    A launcher may show each rank its own device alone, under whichever LOCAL_RANK.
+    """
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("model.device: cuda, but torch finds no CUDA device here: set it to auto or cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device

@@ -71,7 +71,8 @@ class Landings:
             parts, run = join.node.over(box)
             whole = _Whole(run, join.maps, join.view[box.slices(join.box.offsets)], out)
             for node, region in zip(join.node.inputs, parts, strict=True):
-                part = _Part(torch.empty(region.sizes, dtype=node.dtype, device="meta"), region.numel, whole)
+                layout = torch.empty(region.sizes, dtype=node.dtype, device="meta")
+                part = _Part(layout, region.numel, whole, join.view.device if out is None else out.device)
                 whole.parts.append(part)
                 self._follow(node, region, part.layout, part)
         return list(_needs(join))
@@ -154,17 +155,19 @@ class _Whole:
 
 @dataclass(slots=True)
 class _Part:
-    """An input of an op on several tensors. `layout` stands for it on meta; its memory comes with the first arrival."""
+    """An input of an op on several tensors. `layout` stands for it on meta; its memory comes with the first arrival, on
+    the `device` of the shard that it is for."""
 
     layout: Tensor
     missing: int
     whole: _Whole
+    device: torch.device
     memory: Tensor | None = None
 
     def at(self, view: Tensor) -> Tensor:
         """The memory that a view of `layout` stands for."""
         if self.memory is None:
-            self.memory = torch.empty(self.layout.shape, dtype=self.layout.dtype)
+            self.memory = torch.empty(self.layout.shape, dtype=self.layout.dtype, device=self.device)
         return self.memory.as_strided(view.shape, view.stride(), view.storage_offset())
 
     def take(self) -> Tensor:

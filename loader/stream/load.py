@@ -8,12 +8,15 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from loader.convert.conversion import Outputs
 from loader.convert.graph import partners
 from loader.errors import LostRankError
 from loader.exchange.control import Control
+from loader.exchange.device import DeviceTransport
+from loader.exchange.gloo import GlooTransport
 from loader.exchange.transport import Transport
 from loader.memory import PeakMemory, untouched_bytes
 from loader.place.targets import Target
@@ -28,7 +31,8 @@ from loader.store.tally import Asked
 from loader.stream.checksums import Checked, Checks
 from loader.stream.demand import make_demand
 from loader.stream.pipeline import Pipeline
-from loader.stream.planning import Terms, agree_on_plan, on_any_rank
+from loader.stream.planning import Terms, agree_on_plan, differs_on_all_ranks, on_any_rank
+from loader.stream.stage import cuda_device, stage_for
 
 DRAIN = 8.0
 """Seconds for the rounds in flight to end after an error, before the rank gives up on them: all must end within 10."""
@@ -90,7 +94,8 @@ def fill(
     fresh = untouched_bytes(target.tensor for target in targets) or 0
     memory.landed = lambda: min(fresh, landings.landed_bytes)
     landings.fill()
-    with _transport(control, manner) as transport:
+    shards = [target.tensor for target in targets]
+    with _transport(control, manner, cuda_device(shards)) as transport:
         pipeline = Pipeline(
             schedule,
             catalog,
@@ -98,6 +103,7 @@ def fill(
             landings,
             control,
             transport,
+            stage_for(shards),
             slots=terms.limits.rounds_in_flight,
             concurrency=store.most_at_once,
         )
@@ -112,7 +118,7 @@ def fill(
     return Loaded(
         planned.needed_bytes,
         pipeline.exchanged_bytes,
-        sum(target.tensor.numel() * target.tensor.element_size() for target in targets),
+        sum(shard.numel() * shard.element_size() for shard in shards),
         peak,
         checked,
     )
@@ -141,20 +147,34 @@ def _reader(
 
 
 @contextmanager
-def _transport(control: Control, manner: Manner) -> Iterator[Transport | None]:
+def _transport(control: Control, manner: Manner, device: torch.device | None) -> Iterator[Transport | None]:
     """All ranks of the job make the transport together, also those that will have nothing to send. A rank alone, or
-    for itself, needs none; after a lost rank it is left as it is, for closing it would wait."""
+    for itself, needs none; after a lost rank it is left as it is, for closing it would wait.
+
+    Where every rank has its shards on a CUDA `device` of its own, it is from device to device.
+    """
     if control.world_size == 1 or manner.share == "none":
         yield None
         return
     made: list[Transport] = []
+    timeout = 2 * manner.deadline
     with control.phase("connect"):
-        _wait_for(lambda: made.append(Transport(2 * manner.deadline)), control, "loader-connect")
+        alone = differs_on_all_ranks(control, "device", _identity(device))
+
+        def make() -> None:
+            made.append(DeviceTransport(timeout, device) if device and alone else GlooTransport(timeout))
+
+        _wait_for(make, control, "loader-connect")
     try:
         yield made[0]
     finally:
         if not isinstance(control.error, LostRankError):
             made[0].close()
+
+
+def _identity(device: torch.device | None) -> str | None:
+    """The same on two ranks only if they share the CUDA device."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device else None
 
 
 def _run(pipeline: Pipeline, control: Control, total: int, show: Show | None) -> None:

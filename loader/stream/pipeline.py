@@ -1,9 +1,9 @@
 """Rounds through read, exchange and write, side by side.
 
 Reader threads fill buffers ahead; one thread (this module's `run`) owns the transport: it opens rounds in order, as
-soon as there is room, and sends what was read. The writer thread waits for what the others send, and writes it: so what
-was read is not held back until another rank has sent what it is late with. A round's memory is one slot, used again
-only when everything in it was sent and written.
+soon as there is room, uploads what was read to where the shards are, and sends it. The writer thread waits for what the
+others send, and writes it: so what was read is not held back until another rank has sent what it is late with. A
+round's memory is one slot, used again only when everything in it was sent and written.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from torch import Tensor
 
 from loader.caller import Caller
 from loader.exchange.control import Control
-from loader.exchange.transport import Transport, Work
+from loader.exchange.transport import Batch, Transport, Work
 from loader.place.landing import Landings
 from loader.plan.catalog import Catalog
 from loader.plan.geometry import Box
 from loader.plan.schedule import Message, Read, Receive, Round, Schedule
 from loader.store.tally import Asked
-from loader.stream.buffers import Slot, as_tensor
+from loader.stream.buffers import Buffer, Slot, as_tensor, put
+from loader.stream.stage import Stage
 
 LOOK = 0.2
 """Seconds between looks at the job's error while waiting for a read."""
@@ -35,8 +36,9 @@ class _Open:
     """A round in flight."""
 
     round: Round
-    reads: list[tuple[Read, Tensor, Future[None]]] = field(default_factory=list)
-    receives: list[tuple[Receive, Tensor, Work]] = field(default_factory=list)
+    batch: Batch | None
+    reads: list[tuple[Read, Buffer, Future[None]]] = field(default_factory=list)
+    receives: list[tuple[Receive, Buffer, Work]] = field(default_factory=list)
     sends: list[Work] = field(default_factory=list)
     done: Future[None] = field(default_factory=Future)  # nothing uses its memory any more
 
@@ -45,7 +47,8 @@ class Pipeline:
     """One rank's rounds.
 
     `read_range(file, start, memory)` fills a uint8 tensor with a file's bytes from `start` on, and tells what that
-    took. `transport` may be None where the plan sends nothing. `concurrency` is how many ranges are read at once.
+    took. `transport` may be None where the plan sends nothing. `stage` is where the shards are. `concurrency` ranges
+    are read at once.
 
     The control's recorder gets a span GET for each range; read, while a range is waited for that is next; exchange,
     while a message is packed and sent, or waited for; write, while a shard is written, and convert within it; slot,
@@ -60,6 +63,7 @@ class Pipeline:
         landings: Landings,
         control: Control,
         transport: Transport | None,
+        stage: Stage,
         *,
         slots: int,
         concurrency: int,
@@ -74,7 +78,9 @@ class Pipeline:
         self._landings = landings
         self._control = control
         self._transport = transport
-        self._slots = [Slot() for _ in range(slots)]
+        self._stage = stage
+        self._on_device = transport is not None and transport.on_device
+        self._slots = [Slot(stage.allocate) for _ in range(slots)]
         self._flights: list[_Open] = []  # of each slot the last round, which may be done
         self._opened = 0
         self._readers = ThreadPoolExecutor(concurrency, thread_name_prefix="loader-read")
@@ -92,6 +98,8 @@ class Pipeline:
                 self._open_ahead()
                 self._send(self._flights[number % len(self._slots)])
             self._wait_for(self._flights)
+            for slot in self._slots:
+                slot.close()
         finally:
             self._readers.shutdown(wait=False, cancel_futures=True)
             self._writer.close()
@@ -119,21 +127,21 @@ class Pipeline:
 
     def _open(self, number: int) -> _Open:
         """Lay out the round's memory, queue its reads, and post all its receives."""
-        flight = _Open(self._schedule.round(number))
+        flight = _Open(self._schedule.round(number), self._transport.batch() if self._transport else None)
         todo = flight.round
         packed = [message.size for read in todo.reads for message, _ in read.sends if message.begin is None]
         sizes = [*packed, *(read.size for read in todo.reads), *(r.message.size for r in todo.receives)]
         slot = self._slots[number % len(self._slots)]
         slot.prepare(sum(sizes), len(sizes))
         for read in todo.reads:
-            memory = slot.take(read.size, read.start)
-            future = self._readers.submit(self._read, read, memory)
-            flight.reads.append((read, memory, future))
+            buffer = slot.take(read.size, read.start)
+            future = self._readers.submit(self._read, read, buffer.host)
+            flight.reads.append((read, buffer, future))
         for receive in todo.receives:
-            assert self._transport is not None, "a rank alone exchanges nothing"
-            memory = slot.take(receive.message.size)
-            work = self._transport.receive(memory, receive.sender)
-            flight.receives.append((receive, memory, work))
+            assert flight.batch is not None, "a rank alone exchanges nothing"
+            buffer = slot.take(receive.message.size)
+            work = flight.batch.receive(self._exchanged(buffer), receive.sender)
+            flight.receives.append((receive, buffer, work))
         return flight
 
     def _read(self, read: Read, memory: Tensor) -> None:
@@ -149,26 +157,33 @@ class Pipeline:
     def _send(self, flight: _Open) -> None:
         """Send each extent as soon as it is there, and leave it to the writer to take what the others send."""
         slot = self._slots[flight.round.number % len(self._slots)]
-        for read, memory, future in flight.reads:
+        for read, buffer, future in flight.reads:
             arrived = self._await_read(future)
-            for message, ranks in read.sends:
-                assert self._transport is not None, "a rank alone exchanges nothing"
-                with self._recorder.span("exchange", bytes=message.size, to=len(ranks)):
-                    payload = self._payload(message, memory, slot, arrived=arrived)
-                    flight.sends += self._transport.send(payload, ranks)
-                self.exchanged_bytes += message.size * len(ranks)
+            with self._stage.uploading():
+                self._stage.upload(buffer)
+                for message, ranks in read.sends:
+                    assert flight.batch is not None, "a rank alone exchanges nothing"
+                    with self._recorder.span("exchange", bytes=message.size, to=len(ranks)):
+                        payload = self._payload(message, self._exchanged(buffer), slot, arrived=arrived)
+                        flight.sends += flight.batch.send(payload, ranks)
+                    self.exchanged_bytes += message.size * len(ranks)
             if arrived and read.own.pieces:
-                self._writer.submit(partial(self._write_own, read.own, memory))
-        for receive, memory, work in flight.receives:
-            self._writer.submit(partial(self._receive, receive, memory, work))
+                self._writer.submit(partial(self._write_own, read.own, buffer.there))
+        if flight.batch is not None:
+            with self._stage.uploading():
+                flight.batch.start()
+        for receive, buffer, work in flight.receives:
+            self._writer.submit(partial(self._receive, receive, buffer, work))
         self._writer.submit(partial(self._end, flight))  # the last of the round's, which are done in turn
 
     def _end(self, flight: _Open) -> None:
         """Wait for what is sent, and give the round's memory free."""
         try:
             with self._failing(), self._recorder.span("exchange", sent_round=flight.round.number):
-                for work in flight.sends:
-                    work.wait()
+                with self._stage.writing():
+                    for work in flight.sends:
+                        work.wait()
+                self._stage.settle()
         finally:
             flight.done.set_result(None)
 
@@ -186,30 +201,32 @@ class Pipeline:
         """The message's bytes: a view of the extent where they are one run of it, else packed."""
         if message.begin is not None:
             return memory[message.begin : message.begin + message.size]
-        packed = slot.take(message.size)
+        packed = self._exchanged(slot.take(message.size))
         at = 0
         for piece in message.pieces if arrived else ():
             values = self._in_frame(piece.key, piece.frame, piece.at, piece.box, memory)
             size = values.numel() * values.element_size()
-            as_tensor(packed[at : at + size], values.dtype, tuple(values.shape)).copy_(values)
+            put(values, packed[at : at + size])
             at += size
         return packed
 
     def _write_own(self, message: Message, memory: Tensor) -> None:
-        with self._failing(), self._recorder.span("write", bytes=message.size):
+        with self._failing(), self._stage.writing(), self._recorder.span("write", bytes=message.size):
             for piece in message.pieces:
                 values = self._in_frame(piece.key, piece.frame, piece.at, piece.box, memory)
                 self._landings.land(piece.key, piece.box, values)
 
-    def _receive(self, receive: Receive, memory: Tensor, work: Work) -> None:
-        with self._failing():
+    def _receive(self, receive: Receive, buffer: Buffer, work: Work) -> None:
+        with self._failing(), self._stage.writing():
             with self._recorder.span("exchange", bytes=receive.message.size, sender=receive.sender):
                 work.wait()
                 if self._control.error is not None:
                     return
-                work.check(memory, lambda: self._described(receive))
+                work.check(self._exchanged(buffer), lambda: self._described(receive))
             with self._recorder.span("write", bytes=receive.message.size):
-                self._write_received(receive.message, memory)
+                if not self._on_device:
+                    self._stage.upload(buffer)
+                self._write_received(receive.message, buffer.there)
 
     def _write_received(self, message: Message, memory: Tensor) -> None:
         at = 0
@@ -218,6 +235,10 @@ class Pipeline:
             size = piece.box.numel * dtype.itemsize
             self._landings.land(piece.key, piece.box, as_tensor(memory[at : at + size], dtype, piece.box.sizes))
             at += size
+
+    def _exchanged(self, buffer: Buffer) -> Tensor:
+        """Those of its bytes that are sent or received."""
+        return buffer.there if self._on_device else buffer.host
 
     @contextmanager
     def _failing(self) -> Iterator[None]:

@@ -71,12 +71,22 @@ def on_any_rank(control: Control, fact: str, holds: bool) -> bool:
 
 def alike_on_all_ranks(control: Control, name: str, value: str | None) -> bool:
     """Whether every rank has one and the same `value`, and not None. Every rank asks once, within a phase."""
+    return _count(control, name, value) == 1
+
+
+def differs_on_all_ranks(control: Control, name: str, value: str | None) -> bool:
+    """Whether every rank has a `value` of its own, and not None. Every rank asks once, within a phase."""
+    return _count(control, name, value) == control.world_size
+
+
+def _count(control: Control, name: str, value: str | None) -> int:
+    """How many values there are on all ranks together; 0 where any is None."""
     control.put(name, pack(value))
     told = b""
     if control.rank == 0:
         values = set(map(unpack, control.take(name, range(control.world_size))))
-        told = pack(len(values) == 1 and None not in values)
-    return bool(unpack(control.broadcast(f"{name} on all ranks", told)))
+        told = pack(0 if None in values else len(values))
+    return int(unpack(control.broadcast(f"{name} on all ranks", told)))
 
 
 def agree_on_plan(

@@ -10,37 +10,33 @@ from torch.distributed.tensor import Replicate, Shard
 
 import loader
 from loader.errors import CorruptionError
-from loader.exchange.transport import Transport
+from loader.exchange.device import DeviceTransport
+from loader.exchange.gloo import GlooTransport
 from tests.checkpoints import random_checkpoint
 from tests.ranks import run_ranks
 from tests.shards import blank, shard
 
 
-def _messages(size: int, flipped: int | None) -> str | None:
+def _messages(size: int, flipped: int | None, device: bool) -> str | None:
     """Rank 0 sends two messages to ranks 1 and 2; a bit of the second flips on its way to rank 2."""
-    transport = Transport(30)
+    transport = DeviceTransport(30, torch.device("cpu")) if device else GlooTransport(30)
+    batch = transport.batch()
     rank = dist.get_rank()
     sent = [torch.arange(size, dtype=torch.uint8) + number for number in range(2)]
     said = None
     if rank == 0:
-        works = transport.send(sent[0], [1, 2]) + transport.send(sent[1], [1])
-        damaged = sent[1].clone()
-        send = dist.isend
-
-        def damage(view, *args, **kwargs):
-            if flipped is not None and view.dtype is torch.uint8:
-                damaged[flipped // 8] ^= 1 << flipped % 8
-                return send(damaged, *args, **kwargs)
-            return send(view, *args, **kwargs)
-
-        dist.isend = damage
-        for work in works + transport.send(sent[1], [2]):
+        works = [*batch.send(sent[0], [1, 2]), *batch.send(sent[1], [1, 2])]
+        batch.start()
+        for work in works:
             work.wait()
     else:
-        for expected in sent:
-            memory = torch.zeros_like(expected)
-            work = transport.receive(memory, 0)
+        memories = [torch.zeros_like(expected) for expected in sent]
+        works = [batch.receive(memory, 0) for memory in memories]
+        batch.start()
+        for number, (expected, memory, work) in enumerate(zip(sent, memories, works, strict=True)):
             work.wait()
+            if flipped is not None and (rank, number) == (2, 1):
+                memory[flipped // 8] ^= 1 << flipped % 8
             try:
                 work.check(memory, lambda: "a key")
                 assert torch.equal(memory, expected)
@@ -50,12 +46,14 @@ def _messages(size: int, flipped: int | None) -> str | None:
     return said
 
 
-@pytest.mark.parametrize("flipped", [None, 0, 7, 8 * 99_999 + 4])
-def test_a_bit_that_flips_on_the_way_is_told_where_it_arrives(flipped):
-    found = run_ranks(3, _messages, 100_000, flipped)
+@pytest.mark.parametrize("device", [False, True])
+@pytest.mark.parametrize("flipped", [None, 0, 7, 8 * 99_996 + 4])
+def test_a_bit_that_flips_on_the_way_is_told_where_it_arrives(flipped, device):
+    found = run_ranks(3, _messages, 99_997, flipped, device)
     assert found[:2] == [None, None]
     assert (found[2] is None) == (flipped is None)
-    assert flipped is None or found[2].startswith("a key: a message of 100000 bytes from rank 0 has CRC-32C")
+    check = "the check" if device else "CRC-32C"
+    assert flipped is None or found[2].startswith(f"a key: a message of 99997 bytes from rank 0 has {check}")
 
 
 def _load(directory: str, flips: bool) -> None:

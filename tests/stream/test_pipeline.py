@@ -4,7 +4,7 @@ import time
 import torch
 
 import loader
-from loader.exchange.transport import Transport
+from loader.exchange.gloo import GlooTransport
 from loader.stream import pipeline
 from tests.proxy import CountingProxy
 from tests.ranks import run_ranks
@@ -17,7 +17,7 @@ OPTIONS = {"memory_budget": "28MiB", "range_size": "128KiB"}  # of which the cli
 def load(uri, options, log):
     """Fill a replicated tensor; note every message that rank 0 sends in the file `log`."""
     rank = torch.distributed.get_rank()
-    send = Transport.send
+    send = GlooTransport.send
 
     def noted(self, view, to):
         with log.open("a") as file:
@@ -25,7 +25,7 @@ def load(uri, options, log):
         return send(self, view, to)
 
     if rank == 0:
-        Transport.send = noted
+        GlooTransport.send = noted
     state = {"weight": torch.zeros(2048, 1024)}
     report = loader.load(state, uri, storage_options=options[rank], **OPTIONS)
     return report.ranks[0].exchanged_bytes, state["weight"].sum().item()

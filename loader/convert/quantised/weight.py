@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -36,7 +37,13 @@ def spread(scales: Tensor, dim: int, block: int, first: int, size: int) -> Tenso
 
 def look_up(table: Tensor, stored: Tensor) -> Tensor:
     """By byte its value in `table`, of 256: in a third of the time that a cast from float8 takes."""
-    return table.index_select(0, stored.view(torch.uint8).flatten().to(torch.int32)).view(stored.shape)
+    values = _kept(table, stored.device)
+    return values.index_select(0, stored.view(torch.uint8).flatten().to(torch.int32)).view(stored.shape)
+
+
+@cache
+def _kept(table: Tensor, device: torch.device) -> Tensor:
+    return table.to(device)
 
 
 def blocks_of(first: int, size: int, block: int) -> tuple[int, int]:
