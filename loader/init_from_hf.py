@@ -30,7 +30,10 @@ LEAVE = 3.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse arguments, run, and return the exit code; an error ends the process (see `end`)."""
+    """Parse arguments, run, and return the exit code; an error ends the process (see `end`).
+
+    Without `argv` it is the process's own command, and its last: from the return on SIGTERM is ignored.
+    """
     given = _parser().parse_intermixed_args(argv)
     voice = Voice(int(os.environ.get("RANK", "0")), given.level, given.log_format == "json")
     voice.start()
@@ -51,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             except Exception as error:  # noqa: BLE001 - what no phase caught is told as a bug of ours
                 end(control.fail(error), control, voice)
         code = go_on()
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, for another rank's code: this one's is decided
+        if argv is None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, for another rank's code: this one's is decided
         return code
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,14 @@ def test_only_headers_leave_the_bucket_and_only_the_report_is_written(s3, tmp_pa
     assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "report.json"}
     assert report["world_size"] == len(report["ranks"]) == 64
     assert report["mesh"] == {"dp_replicate": 8, "dp_shard": 8}
+
+
+def test_a_program_that_runs_it_still_ends_by_sigterm(tmp_path, layered, capfd):
+    """And so do the processes that it starts later: what is ignored is inherited."""
+    config = _config(tmp_path, source={"uri": str(layered), "ignore": ["unwanted"]}, model={"builder": None})
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["--config", config, "--dry-run", "--world-size", "1"]) == 0
+    assert signal.getsignal(signal.SIGTERM) == before != signal.SIG_IGN
 
 
 def test_thousands_of_ranks(tmp_path, layered, capfd):
