@@ -5,7 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
+import threading
 import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +18,10 @@ import torch
 
 from loader import timeline
 from loader.init_from_hf import main
+from loader.recording import Recorder, Span
 from tests.checkpoints import random_checkpoint
 from tests.misbehaving import Get, Misbehaving, first, from_then_on, status
-from tests.proxy import CountingProxy, Reply
+from tests.proxy import CountingProxy, Forward, Reply, Request
 from tests.ranks import run_ranks
 
 RANKS = 3
@@ -35,6 +40,7 @@ def _main(config: str, kept: int | None = None) -> int:
 def checkpoint(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("checkpoint")
     random_checkpoint(directory, TENSORS)
+    (directory / "config.json").write_text('{"model_type": "llama"}')
     return directory
 
 
@@ -208,3 +214,63 @@ def test_without_the_key_there_is_none(checkpoint, tmp_path):
     config = _config(tmp_path, str(checkpoint), {}, trace=None)
     assert run_ranks(RANKS, _main, config, init=False) == [0] * RANKS
     assert {each.name for each in tmp_path.iterdir()} == {"config.yaml", "report.json"}
+
+
+def twice(checkpoint: Mapping[str, torch.Tensor], _: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in checkpoint.items():
+        yield name, tensor * 2
+
+
+class LastRangeHeld:
+    """A hook. Each rank's last range stays unanswered until the rank has noted WORK; the ones before it are answered
+    once that one has been asked for, so all that is noted is noted meanwhile."""
+
+    RANGES, WORK = 8, {"exchange", "convert", "write"}
+
+    def __init__(self, notes: Path) -> None:
+        self.notes = notes
+        self.asked: defaultdict[int, set[int]] = defaultdict(set)
+        self.change = threading.Condition()
+
+    def __call__(self, request: Request, forward: Forward) -> Reply:
+        if request.range and request.method == "GET" and not request.range.startswith("bytes=0-"):  # that is the header
+            start, mine = int(re.findall(r"\d+", request.range)[0]), self.asked[request.rank]
+            with self.change:
+                mine.add(start)
+                self.change.notify_all()
+                assert self.change.wait_for(lambda: len(mine) == self.RANGES, 60)
+            notes = [self.notes / f"{request.rank} {name}" for name in self.WORK]
+            while start == max(mine) and not all(note.exists() for note in notes):
+                time.sleep(0.01)
+        return forward(request)
+
+
+def _noting(config: str, environment: list[dict[str, str]], notes: Path) -> int:
+    leave = Recorder.leave
+
+    def noted(self: Recorder, span: Span, *facts: Any) -> None:
+        leave(self, span, *facts)
+        (notes / f"{os.environ['RANK']} {span.name}").touch()
+
+    Recorder.leave = noted
+    return _at(config, environment)
+
+
+def test_reading_exchange_conversion_and_writing_go_on_side_by_side(s3, checkpoint, tmp_path):
+    uri, notes = s3.put(checkpoint), tmp_path / "notes"
+    notes.mkdir()
+    with CountingProxy(s3.endpoint, listeners=RANKS) as proxy:
+        proxy.on_request(LastRangeHeld(notes))
+        read = {"range_size": "128KiB", "concurrency": LastRangeHeld.RANGES}
+        config = _config(tmp_path, uri, {}, read=read, convert=f"{__name__}:twice")
+        environment = [s3.at(proxy.url_for(rank)).environment for rank in range(RANKS)]
+        assert run_ranks(RANKS, _noting, config, environment, notes, init=False) == [0] * RANKS
+    _, spans = _read(tmp_path)
+    for rank in range(RANKS):
+        last = max(_of(spans, "GET", rank), key=lambda each: each["args"]["start"])
+        meanwhile = {
+            each["name"]
+            for each in spans
+            if each["pid"] == rank and last["ts"] < each["ts"] and each["ts"] + each["dur"] < last["ts"] + last["dur"]
+        }
+        assert meanwhile >= LastRangeHeld.WORK
