@@ -1,7 +1,7 @@
 """Ways for a rank to get its shards of a checkpoint in a bucket: this loader's, and what is done without it.
 
-Each fills `state` (DTensors by key) in place. The peers are written as somebody would who knows s3fs: connection pools
-raised, requests side by side, memory bounded.
+Each fills `state` (DTensors by key) in place, or puts its own there. The peers are written as somebody would who knows
+s3fs: connection pools raised, requests side by side, memory bounded.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -108,13 +108,15 @@ def s3_of(job: Job) -> s3fs.S3FileSystem:
     return s3fs.S3FileSystem(**job.storage_options, skip_instance_cache=True)
 
 
-def part_of(tensor: DTensor) -> tuple[slice, ...]:
+def part_of(tensor: torch.Tensor) -> tuple[slice, ...]:
     """Where this rank's shard stands in the whole tensor."""
+    if not isinstance(tensor, DTensor):
+        return tuple(map(slice, tensor.shape))
     sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))
 
 
-Contender = Callable[[Job, Mapping[str, DTensor]], Report | None]
+Contender = Callable[[Job, MutableMapping[str, Any]], Report | None]
 
 CONTENDERS: dict[str, Contender] = {
     "loader, share=world": shared,

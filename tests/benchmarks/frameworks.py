@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from tests.benchmarks import contenders
 from tests.benchmarks.contenders import Contender, Job, get, part_of, s3_of
@@ -21,6 +22,23 @@ def pretrained(job: Job, state: Mapping[str, DTensor]) -> None:
     for key, tensor in state.items():
         placed = distribute_tensor(whole[key], tensor.device_mesh, tensor.placements)
         tensor.to_local().copy_(placed.to_local())
+
+
+def sharded(job: Job, state: MutableMapping[str, torch.Tensor]) -> None:
+    """Download; then every rank makes its shards alone, with transformers' own TP or FSDP.
+
+    TP is as the model's plan has it, so these take the place of `state`.
+    """
+    get(job)
+    mesh = next(each.device_mesh for each in state.values() if isinstance(each, DTensor))
+    sizes = dict(zip(mesh.mesh_dim_names or (), mesh.shape, strict=True))
+    config = DistributedConfig(
+        tp_size=sizes.get("tp", 1), fsdp_size=sizes.get("dp_shard", 1), dp_replicate_size=sizes.get("dp_replicate", 1)
+    )
+    model = AutoModelForCausalLM.from_pretrained(job.scratch, dtype=torch.bfloat16, distributed_config=config)
+    found = model.state_dict()
+    for key in state:
+        state[key] = found[key]
 
 
 def streamer(job: Job, state: Mapping[str, DTensor]) -> None:
@@ -62,11 +80,13 @@ ALL: dict[str, Contender] = {
     "obstore, own slices": contenders.obstore_slices,
     "s3fs get, dcp.load": contenders.download,
     "s3fs get, from_pretrained": pretrained,
+    "s3fs get, transformers TP/FSDP": sharded,
     "Run:ai streamer": streamer,
     "Run:ai, distributed": distributed_streamer,
 }
 
 _PACKAGES = {
+    sharded: ("accelerate",),
     contenders.obstore_slices: ("obstore",),
     streamer: ("runai_model_streamer", "runai_model_streamer_s3"),
     distributed_streamer: ("runai_model_streamer", "runai_model_streamer_s3"),

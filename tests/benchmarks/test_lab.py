@@ -50,7 +50,7 @@ def test_two_hosts_share_what_they_read_over_their_own_links_and_nothing_is_left
         said_why_not(ended.stdout, ended.returncode)
         return
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    rows = {line[:28].strip(): line[28:].split() for line in ended.stdout.splitlines() if line.startswith("loader")}
+    rows = {line[:32].strip(): line[32:].split() for line in ended.stdout.splitlines() if line.startswith("loader")}
     served, between = ({name: float(row[column]) for name, row in rows.items()} for column in (0, -1))
     near = functools.partial(pytest.approx, abs=0.2)  # 64 KiB of each of 5 files are its header, or read early
     assert served == {"loader, share=world": near(1), "loader, share=none": near(2)}

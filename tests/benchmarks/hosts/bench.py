@@ -157,13 +157,13 @@ def run_scenario(name: str, given: argparse.Namespace) -> None:
                 notes.append(str(error))
                 continue
             runs[contender].append(found)
-            print(f"{contender:28}{made.row(scenario, [found])}", file=sys.stderr, flush=True)
+            print(f"{contender:32}{made.row(scenario, [found])}", file=sys.stderr, flush=True)
         print(f"{name}: {scenario.hosts} hosts x {scenario.ranks_per_host} ranks, {dict(scenario.mesh)}")
         print(f"{made.bytes / 1e6:.0f} MB; links: bucket {given.bucket:g}, peers {given.peers:g} Mbit/s a host")
         print(f"processes and imports of torchrun and all ranks, before any of it: {ranks.start_up:.1f} s")
-        print(f"{'contender':28}{HEADER}")
+        print(f"{'contender':32}{HEADER}")
         for contender, each in runs.items():
-            print(f"{contender:28}{made.row(scenario, each)}")
+            print(f"{contender:32}{made.row(scenario, each)}")
         print(*notes, sep="\n", flush=True)
 
 
