@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-import loader
+from loader import load  # loads the loader's modules: `import loader` alone leaves that to the first load
 from loader.report import Report
 
 PIECE_BYTES = 16 << 20
@@ -58,7 +58,7 @@ def alone(job: Job, state: Mapping[str, DTensor]) -> Report:
 
 def _load(job: Job, state: Mapping[str, DTensor], share: str) -> Report:
     options = {"storage_options": job.storage_options, "memory_budget": job.budget}
-    return loader.load(state, job.uri, share=share, **options, **job.read)
+    return load(state, job.uri, share=share, **options, **job.read)
 
 
 def slices(job: Job, state: Mapping[str, DTensor]) -> None:
