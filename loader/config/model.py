@@ -4,63 +4,26 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-import torch
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    PlainValidator,
-    StrictBool,
-    StrictInt,
-    ValidationInfo,
-    WithJsonSchema,
-    field_validator,
-)
+from pydantic import AfterValidator, Field, StrictBool, StrictInt, ValidationInfo, field_validator
 
+from loader.config.kinds import Builder, Bytes, Conversion, Directory, Dtype, Function, Seconds, Text, at_least
 from loader.config.mesh import FILL, check_mesh
 from loader.config.section import Proof, Section
-from loader.config.values import parse_bytes, parse_dtype, parse_function, parse_seconds, show
+from loader.config.values import parse_bytes, parse_seconds, show
 from loader.errors import ConfigError
 from loader.uri import at_revision, public_uri
 
 # The names torchtitan gives to mesh dims. Of these, a dim of size 1 may be left out of `mesh` and still be spoken of.
 MESH_DIMS = frozenset({"pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "etp"})
 
-Text = Annotated[str, Field(min_length=1)]
-Function = Annotated[str, AfterValidator(parse_function)]
-Bytes = Annotated[int, BeforeValidator(parse_bytes), WithJsonSchema({"type": ["string", "integer"]})]
-Seconds = Annotated[float, BeforeValidator(parse_seconds), WithJsonSchema({"type": ["string", "number"]})]
-Dtype = Annotated[torch.dtype, PlainValidator(parse_dtype), WithJsonSchema({"type": "string"})]
-
-
-def _builder(value: str) -> str:
-    if value == "transformers" or ":" in value:
-        return value if value == "transformers" else parse_function(value)
-    raise ConfigError(f'should be transformers, "package.module:function" or null, found {show(value)}')
-
-
-def _at_least(least: str) -> AfterValidator:
-    def check(size: int) -> int:
-        if size < parse_bytes(least):
-            raise ConfigError(f"should be at least {least}, found {size} bytes")
-        return size
-
-    return AfterValidator(check)
-
-
-def _directory(path: str) -> str:
-    if "://" in path:
-        raise ConfigError(
-            f"should be a directory of the node, such as /dev/shm/init, found {public_uri(path)}: shards are mapped "
-            "into memory where they are; for a bucket, set output.checkpoint"
-        )
-    return path
-
 
 class Source(Section):
     """Where the checkpoint is and which of its keys count."""
 
-    uri: Text = Field(description="a directory in HF layout, or one file: s3, gs, hf, https, file or any fsspec scheme")
+    uri: Text = Field(
+        description="a directory in HF layout, or one file (.safetensors, .bin, .pt, .pth): s3, gs, hf, https, file or "
+        "any fsspec scheme"
+    )
     storage_options: dict[str, Any] = Field(
         default={},
         repr=False,  # holds credentials
@@ -68,10 +31,16 @@ class Source(Section):
         description="given to fsspec, for the source alone; credentials come from the usual chain where none are here",
     )
     ignore: tuple[Text, ...] = Field(
-        default=(), description="globs over checkpoint keys, before strip_prefix; one that matches nothing is fine"
+        default=(),
+        description="globs over checkpoint keys that are not wanted, before strip_prefix; one that matches nothing is "
+        "fine",
     )
-    strip_prefix: str = Field(default="", description="left off the front of every checkpoint key")
-    revision: Text | None = Field(default=None, description="hf:// alone: a branch, tag or commit; null is main")
+    strip_prefix: str = Field(default="", description="taken off keys that begin with it")
+    revision: Text | None = Field(
+        default=None,
+        description="hf:// alone: a branch, tag or commit, as hf://org/name@revision; null is main. Every range is of "
+        "the one commit that it names as the load begins",
+    )
 
     @field_validator("revision")
     @classmethod
@@ -106,30 +75,34 @@ class Vocabulary(Section):
 class Model(Section):
     """What is to be filled."""
 
-    builder: Annotated[str, AfterValidator(_builder)] | None = Field(
+    builder: Builder | None = Field(
         default="transformers",
-        description='transformers, or "package.module:function"; null is a state dict without a model',
+        description="who makes the model: transformers takes the class that config.json names; a function of yours is "
+        "called with (hf_config, mesh); null is a state dict without a model",
     )
     dtype: Dtype | None = Field(default=None, description="of the parameters; null keeps the checkpoint's")
     dtype_rules: tuple[DtypeRule, ...] = Field(
-        default=(), description="over model.dtype, first match wins: routers in float32, say"
+        default=(), description="other dtypes for some FQNs, before model.dtype; the first match wins"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="where the shards live; auto: cuda if any"
+        default="auto", description="where the shards live; auto: cuda if there is one"
     )
     vocabulary: Vocabulary = Field(
-        default=Vocabulary(), description="of embedding and lm_head, whether rows may be added or left out"
+        default=Vocabulary(),
+        description="whether embedding and head may have another number of rows than the checkpoint",
     )
     initialise: tuple[Text, ...] = Field(
-        default=(), description="globs over FQNs: those without a source get first values from the model's own code"
+        default=(),
+        description="globs over FQNs that the checkpoint may lack (a value head, LoRA): they get their first values "
+        "from the model's own code",
     )
     dequantize: StrictBool = Field(
         default=True, description="whether quantised weights are; false keeps them and their scales as they are stored"
     )
-
     trust_remote_code: StrictBool = Field(
         default=False,
-        description="whether code in the checkpoint may run, for a model that transformers does not have",
+        description="whether code in the checkpoint may run, where config.json names a class (auto_map) that "
+        "transformers does not have",
     )
 
     @field_validator("trust_remote_code")
@@ -163,22 +136,27 @@ class Read(Section):
     """How the bytes are fetched: limits are per rank."""
 
     share: Literal["world", "node", "none"] = Field(
-        default="world", description="how far a byte that was read is shared before it is read again"
+        default="world",
+        description="how far a byte that was read is shared before it is read again: over the job, within a node, not "
+        "at all",
     )
-    memory_budget: Annotated[Bytes, _at_least("8MiB")] = Field(
-        default=parse_bytes("512MiB"), description="host memory of a rank, above its own shards"
+    memory_budget: Annotated[Bytes, at_least("8MiB")] = Field(
+        default=parse_bytes("512MiB"),
+        description="host memory of a rank, above its own shards. What the storage client (S3's: 24 MiB) and the "
+        "catalog (1.6 kB a key) take is part of it; a budget that they fill is an error",
     )
-    range_size: Annotated[Bytes, _at_least("64KiB")] = Field(
-        default=parse_bytes("8MiB"), description="bytes asked for in one GET"
+    range_size: Annotated[Bytes, at_least("64KiB")] = Field(
+        default=parse_bytes("8MiB"), description="what one GET asks for, about; less where the budget is small"
     )
     concurrency: Annotated[StrictInt, Field(ge=1)] = Field(
         default=16,
-        description="ranges in flight per rank at first, then as many as pay, to 64; fewer where the budget is small",
+        description="ranges in flight of a rank at first. It is doubled, up to 64, while that brings a fifth more, and "
+        "halved where the bucket asks for fewer requests; fewer where the budget is small",
     )
     backend: Literal["auto", "direct", "fsspec"] = Field(
         default="auto",
-        description="who reads ranges: direct, over HTTP straight into the buffer; fsspec, the scheme's own client; "
-        "auto, direct where the scheme and its options allow it",
+        description="who reads ranges: direct, over HTTP straight into the buffer (s3, gs, https, hf); fsspec, the "
+        "scheme's own client (s3fs, gcsfs, …); auto, direct where the scheme and its options allow it",
     )
     retries: Annotated[StrictInt, Field(ge=0)] = Field(default=8, description="of one range, after its first try")
     timeout: Seconds = Field(default=parse_seconds("30s"), description="without a byte, until a range is tried again")
@@ -198,16 +176,19 @@ class Output(Section):
 
     entrypoint: Function | None = Field(
         default=None,
-        description='"package.module:function", called in every rank with the loaded model, mesh and report',
+        description="called in every rank with (model, mesh, report) when all is loaded; gives the exit code",
     )
     checkpoint: Text | None = Field(
         default=None, description="a torch.distributed.checkpoint directory, any fsspec URL"
     )
-    local: Annotated[Text, AfterValidator(_directory)] | None = Field(
-        default=None, description="a directory of each node, for its ranks' shards: loader.attach maps them"
+    local: Directory | None = Field(
+        default=None,
+        description="a directory of each node, such as /dev/shm/init, for its ranks' shards: loader.attach maps them",
     )
     if_exists: Literal["error", "use", "overwrite"] = Field(
-        default="error", description="what a complete checkpoint at the output means"
+        default="error",
+        description="what a complete checkpoint, or complete shards, there mean: an error, nothing to do, or written "
+        "anew",
     )
 
 
@@ -218,13 +199,17 @@ class Config(Proof):
     model: Model = Field(default=Model(), description="what is to be filled")
     mesh: Annotated[dict[str, StrictInt], AfterValidator(check_mesh)] = Field(
         default={"dp_shard": FILL},
-        description="mesh dims and their sizes, outermost first, named as torchtitan's; one -1 fills",
+        description="mesh dims and their sizes, outermost first, named as torchtitan's; one -1 fills. The transformers "
+        "builder takes dp_replicate, dp_shard and tp",
     )
     placements: tuple[Placement, ...] = Field(
-        default=(), description="with builder null: how each FQN is sharded, first match wins; no match is replicated"
+        default=(),
+        description="with builder null: how each FQN is sharded; the first match wins, no match is replicated",
     )
-    convert: str | None = Field(
-        default=None, description="the conversion from checkpoint to model; null keeps HF names and layouts"
+    convert: Conversion | None = Field(
+        default=None,
+        description="from the checkpoint's keys to the model's FQNs; null keeps HF names and layouts, and with the "
+        "transformers builder means transformers",
     )
     read: Read = Field(default=Read(), description="how the bytes are fetched")
     output: Output = Field(default=Output(), description="what becomes of the loaded tensors")

@@ -33,11 +33,12 @@ class Proof(Section):
 
     verify: Literal["fingerprint", "checksum"] | None = Field(
         default=None,
-        description="fingerprint: of what landed, the same for every mesh; and replicas are compared; "
+        description="fingerprint: of what landed, the same for every mesh, and replicas are compared; "
         "checksum: of what was read, held against the bucket's",
     )
     expect: Annotated[str, AfterValidator(parse_fingerprint)] | None = Field(
-        default=None, description="the fingerprint that the load must have, as an earlier report tells it"
+        default=None,
+        description="the fingerprint that the load must have, as an earlier report tells it; another one is an error",
     )
 
     @field_validator("expect")
