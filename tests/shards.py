@@ -23,7 +23,10 @@ _TWINS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def write_file(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a safetensors file with its tensors in the given order, aligned or not: `save_file` sorts them."""
+    """Write a safetensors file with its tensors in the given order, aligned or not: `save_file` sorts them.
+
+    On meta they are a hole, of their size: nothing but the header is on the disk.
+    """
     header, at = {}, 0
     for key, tensor in tensors.items():
         shape = list(tensor.shape)
@@ -36,7 +39,9 @@ def write_file(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors.values():
-            file.write(bits(tensor).numpy().tobytes())
+            if not tensor.is_meta:
+                file.write(bits(tensor).numpy().tobytes())
+        file.truncate(8 + len(text) + at)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -63,6 +63,13 @@ def test_a_second_s3_server_may_be_open_to_all(directory):
         assert s3fs.S3FileSystem(anon=True, **options).cat_file(f"{uri}/config.json") == b"{}"
 
 
+def test_a_servers_credentials_are_its_own_whatever_those_of_its_environment_are(s3, directory, monkeypatch):
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    with s3_server() as server:
+        assert fsspec.filesystem("s3", **server.storage_options).ls(server.put(directory))
+
+
 def test_gcs_serves_ranges_and_generations(gcs, directory):
     uri = gcs.put(directory)
     path = f"{uri}/model.safetensors"

@@ -13,11 +13,14 @@ import itertools
 import math
 import pickle
 import re
+import sys
 import time
 import zlib
 from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 import torch
