@@ -1,7 +1,6 @@
 """What launch/make.py refuses, and what it makes."""
 
 import dataclasses
-import shlex
 import subprocess
 import sys
 import sysconfig
@@ -11,7 +10,7 @@ import jinja2
 import pytest
 
 from launch.job import Job, command_words
-from launch.make import FILES, main, render
+from launch.make import render
 from loader.errors import ConfigError
 from tests.processes import ROOT
 
@@ -106,17 +105,6 @@ def test_what_only_a_shell_understands_is_refused(command):
 def test_a_template_that_asks_for_what_there_is_not_is_an_error():
     with pytest.raises(jinja2.UndefinedError, match="has no attribute 'secret'"):
         render("jobset.yaml", dataclasses.replace(JOB, pod={}), "cfg.yaml")
-
-
-def test_the_readmes_commands_make_files(tmp_path, config, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    config.rename("cfg.yaml")
-    readme = (ROOT / "README.md").read_text().replace("\\\n", "")
-    commands = [shlex.split(line) for line in readme.splitlines() if line.startswith("python -m launch.make ")]
-    assert [words[3] for words in commands] == list(FILES)
-    for words in commands:
-        assert main([*words[3:], f"--out={words[3]}", *OVERRIDES]) == 0
-        assert sorted(path.name for path in Path(words[3]).iterdir()) == sorted(FILES[words[3]])
 
 
 def test_it_runs_from_the_command_line(config, tmp_path):
