@@ -50,8 +50,8 @@ AS_HERE = {
 
 SHORTER = {
     "python tests/benchmarks/slow_bucket.py": "--size=8MiB --repeats=1",
-    "python tests/benchmarks/clients.py": "--size=16MiB --repeats=1",
-    "python tests/benchmarks/plan_scale.py": "--ranks 8 --mesh fsdp",
+    "python tests/benchmarks/clients.py": "--size=8MiB --range=1MiB --repeats=1",
+    "python tests/benchmarks/plan_scale.py": "--ranks 8 --mesh fsdp --layers 4",
     "python tests/benchmarks/dry_run_scale.py": "--ranks 8 --mesh fsdp --layers 1",
 }
 """Benchmarks take minutes: what is put behind them."""

@@ -40,8 +40,7 @@ def stack_experts(checkpoint, _):
 
 
 def measure(layers, ranks):
-    keys = [key for key in deepseek() if not key[0].startswith("model.layers.") or int(key[0].split(".")[2]) < layers]
-    names, entries = catalogue(keys)
+    names, entries = catalogue(list(deepseek(layers)))
     catalog = Catalog((File("synthetic", 0, "", 0),), dict(zip(names, entries, strict=True)))
     begun = time.perf_counter()
     visible = dequantise(visible_keys(catalog, (), ""), FP8)

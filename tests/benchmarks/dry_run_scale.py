@@ -31,8 +31,7 @@ ROWS = ["*gate_proj*", "*up_proj*", "*_b_proj*", "lm_head*", "*embed_tokens*"]
 
 def write(directory, layers):
     """Files that are all header: the weights are holes."""
-    keys = [key for key in deepseek() if not key[0].startswith("model.layers.") or int(key[0].split(".")[2]) < layers]
-    names, entries = catalogue(keys)
+    names, entries = catalogue(list(deepseek(layers)))
     for number, group in itertools.groupby(zip(names, entries, strict=True), key=lambda pair: pair[1].file):
         pairs = list(group)
         begin = pairs[0][1].start

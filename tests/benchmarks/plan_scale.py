@@ -1,6 +1,6 @@
 """How planning grows: seconds (wall and CPU) and peak memory per phase, for 90,000 keys and up to 4,096 ranks.
 
-    python tests/benchmarks/plan_scale.py [--ranks 64 512 4096] [--mesh fsdp hsdp-tp]
+    python tests/benchmarks/plan_scale.py [--ranks 64 512 4096] [--mesh fsdp hsdp-tp] [--layers 61]
 
 The checkpoint is DeepSeek-V3's by shape: 61 layers, 256 experts in 58 of them, fp8 weights with a scale for each block.
 Nothing is read and no rank is started: every rank's needs are made from its coordinate, here one after the other, and
@@ -45,7 +45,7 @@ EXPERTS = 256
 NODE = 8
 
 
-def deepseek():
+def deepseek(layers=61):
     """(name, dtype, shape) of every key, in the order of names."""
 
     def fp8(name, out, into):
@@ -58,7 +58,7 @@ def deepseek():
         yield from fp8(f"{name}.down_proj", 7168, width)
 
     yield "model.embed_tokens.weight", torch.bfloat16, (129280, 7168)
-    for layer in range(61):
+    for layer in range(layers):
         name = f"model.layers.{layer}"
         for norm, width in (
             ("input", 7168),
@@ -215,8 +215,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[64, 512, 4096])
     parser.add_argument("--mesh", choices=MESHES, nargs="+", default=list(MESHES))
+    parser.add_argument("--layers", type=int, default=61)
     chosen = parser.parse_args()
-    names, entries = catalogue(list(deepseek()))
+    names, entries = catalogue(list(deepseek(chosen.layers)))
     print(f"{len(entries)} keys, {sum(e.stop - e.start for e in entries) / 1e9:.0f} GB in {entries[-1].file + 1} files")
     table = [f"{'mesh':<20} {'distinct':>10} {'extents':>10} {'rank 0, s':>12} {'others, s':>12} {'peak, MiB':>10}"]
     for mesh, ranks in itertools.product(chosen.mesh, chosen.ranks):
