@@ -12,7 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ from loader.report import Report
 from loader.store import schemes
 from tests.checkpoints import same_bits, tiny_llama
 from tests.documents import anchors, blocks, commands, commented, links, paths
-from tests.processes import ROOT, python_path
+from tests.processes import ROOT, kill_tree, python_path
 from tests.ranks import run_ranks
 from tests.shards import write_file
 
@@ -162,7 +162,20 @@ def shape(line: str) -> str:
     return re.sub(r"[\d.,]*\d( ([kMGT]i?B|Bytes?))?", "#", line)
 
 
-@pytest.mark.timeout(600)
+def run(words: str, home: Path, environ: Mapping[str, str]) -> tuple[str, str]:
+    """What it prints, on stdout and stderr."""
+    process = subprocess.Popen(
+        ["bash", "-euc", words], cwd=home, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        out, err = process.communicate()
+    finally:
+        kill_tree(process.pid)
+    assert process.returncode == 0, f"{words}\n{out}{err}"
+    return out, err
+
+
+@pytest.mark.timeout(1200)
 def test_every_command_runs(home, environ):
     """In README's order, in one directory, for one makes what another one reads."""
     for command in COMMANDS:
@@ -172,15 +185,11 @@ def test_every_command_runs(home, environ):
         for theirs, ours in AS_HERE.items():
             words = words.replace(theirs, ours)
         more = next((more for begins, more in SHORTER.items() if words.startswith(begins)), "")
-        ended = subprocess.run(
-            ["bash", "-euc", f"{words} {more}"],
-            check=False, cwd=home, env=environ, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert ended.returncode == 0, f"{words} {more}\n{ended.stdout}{ended.stderr}"
+        out, err = run(f"{words} {more}", home, environ)
         if "--dry-run" in words:
-            assert ended.stdout == command.output
+            assert out == command.output
         elif command.output is not None:
-            printed = {shape(line) for line in (ended.stdout + ended.stderr).splitlines()}
+            printed = {shape(line) for line in (out + err).splitlines()}
             told = [shape(line) for line in command.output.splitlines()]
             assert [line for line in told if line not in printed] == []
     assert "<svg" in (home / "report.html").read_text()
@@ -188,11 +197,12 @@ def test_every_command_runs(home, environ):
         assert {path.name for path in (home / form).iterdir()} == {*files}
 
 
+@pytest.mark.timeout(400)
 def test_the_counts_of_the_first_screen_are_those_of_that_load(home, monkeypatch):
     """What a dry run foresees is what the load counts (`tests/test_dry_run.py`): here for all eight ranks."""
     monkeypatch.chdir(home)
     arguments = ["--config", "cfg.yaml", "--dry-run", "--world-size=8", "source.uri=llama-3-8b", "report=eight.json"]
-    assert run_ranks(1, main, arguments, init=False) == [0]
+    assert run_ranks(1, main, arguments, init=False, timeout=300) == [0]
     report = Report.model_validate_json(Path("eight.json").read_bytes())
     foreseen = report.model_copy(update={"predicted": None}).table().replace(" llama-3-8b", f" {URI}").splitlines()
     assert COMMANDS[0].output is not None
