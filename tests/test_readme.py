@@ -12,20 +12,15 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import transformers
 from safetensors.torch import load_file
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.run import get_args_parser
-from torch.distributed.tensor import DTensor
 
 import loader
 from launch.make import FILES
@@ -34,14 +29,13 @@ from loader.init_from_hf import _parser, main
 from loader.report import Report
 from loader.store import schemes
 from tests.checkpoints import same_bits, tiny_llama
-from tests.documents import anchors, blocks, commands, commented, links, paths
+from tests.documents import anchors, commands, commented, links, paths
 from tests.processes import ROOT, kill_tree, python_path
 from tests.ranks import run_ranks
+from tests.readme_examples import BLOCKS, EXAMPLES, URI, example, wrong
 from tests.shards import write_file
 
 README = (ROOT / "README.md").read_text()
-BLOCKS = blocks(README)
-URI = "s3://models/llama-3-8b"
 
 AS_HERE = {
     "--nproc-per-node 8": "--nproc-per-node 2",  # eight processes would take two cores a minute; -1 in the mesh fills
@@ -52,6 +46,7 @@ SHORTER = {
     "python tests/benchmarks/slow_bucket.py": "--size=8MiB --repeats=1",
     "python tests/benchmarks/clients.py": "--size=8MiB --range=1MiB --repeats=1",
     "python tests/benchmarks/plan_scale.py": "--ranks 8 --mesh fsdp --layers 4",
+    "python tests/benchmarks/convert_scale.py": "--ranks 8 --layers 4",
     "python tests/benchmarks/dry_run_scale.py": "--ranks 8 --mesh fsdp --layers 1",
 }
 """Benchmarks take minutes: what is put behind them."""
@@ -79,6 +74,9 @@ ELSEWHERE = {
     "python tests/soak.py": Elsewhere("tests/test_soak.py", "soak(6, 1, tmp_path)", "it is run there, for less long"),
     "python tests/benchmarks/peers.py": Elsewhere(
         "tests/benchmarks/test_peers.py", '"tests/benchmarks/peers.py", "--size=8MiB"', "it is run there, with less"
+    ),
+    "python tests/benchmarks/budgets.py": Elsewhere(
+        "tests/benchmarks/test_budgets.py", '"tests/benchmarks/budgets.py", "--budget"', "it is run there, with less"
     ),
     "python tests/benchmarks/lab.py": Elsewhere(
         "tests/benchmarks/test_lab.py", '"tests/benchmarks/lab.py", "--scenario=hsdp2"', "it is run there, with less"
@@ -212,83 +210,6 @@ def test_the_counts_of_the_first_screen_are_those_of_that_load(home, monkeypatch
 # ---------------------------------------------------------------- examples in Python
 
 
-def sharded(directory: Path) -> Any:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("dp_shard",))
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(directory))
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
-def wrong(found: dict[str, Any], directory: Path) -> list[str]:
-    """What is not there bit for bit as the checkpoint has it."""
-    expected = transformers.AutoModelForCausalLM.from_pretrained(directory).state_dict()
-    full = {fqn: each.full_tensor() if isinstance(each, DTensor) else each for fqn, each in found.items()}
-    assert full.keys() == expected.keys()
-    return [fqn for fqn in full if not same_bits(full[fqn], expected[fqn])]
-
-
-def library(text: str, directory: Path) -> list[str]:
-    model = sharded(directory).to_empty(device="cpu")
-    names: dict[str, Any] = {"model": model}
-    exec(text, names)
-    assert names["report"].egress_ratio > 1
-    return wrong(model.state_dict(), directory)
-
-
-def storage_reader(text: str, directory: Path) -> list[str]:
-    state_dict = sharded(directory).to_empty(device="cpu").state_dict()
-    exec(text, {"dcp": dcp, "loader": loader, "state_dict": state_dict})
-    return wrong(state_dict, directory)
-
-
-def attach(text: str, directory: Path) -> list[str]:
-    model = sharded(directory)
-    exec(text, {"loader": loader, "model": model})
-    return wrong(model.state_dict(), directory)
-
-
-def conversion(text: str, directory: Path) -> list[str]:
-    """Beside the function on the tensors themselves."""
-    names: dict[str, Any] = {}
-    exec(text, names)
-    expected = converted(names["convert"], directory)
-    assert "blocks.0.self_attn.q_proj.weight" in expected
-    found = {fqn: torch.empty_like(tensor) for fqn, tensor in expected.items()}
-    loader.load(found, URI, convert=names["convert"])
-    return [fqn for fqn in found if not same_bits(found[fqn], expected[fqn])]
-
-
-def converted(convert: Callable[..., Any], directory: Path) -> dict[str, torch.Tensor]:
-    tensors = {key: tensor for file in directory.glob("*.safetensors") for key, tensor in load_file(file).items()}
-    return dict(convert(tensors, transformers.AutoConfig.from_pretrained(directory)))
-
-
-def iteration(text: str, directory: Path) -> list[str]:
-    """With the conversion above it; its body is what one makes of it."""
-    names: dict[str, Any] = {"uri": URI, "loader": loader, "found": {}}
-    exec(example("def convert(").text, names)
-    exec(text.replace("...", "found[fqn] = tensor"), names)
-    expected, found = converted(names["convert"], directory), names["found"]
-    return [fqn for fqn in {*expected, *found} if not same_bits(found[fqn], expected[fqn])]
-
-
-EXAMPLES = {
-    "import loader\n\nreport = loader.load(": library,
-    "dcp.load(": storage_reader,
-    "loader.attach(": attach,
-    "def convert(": conversion,
-    "for fqn, tensor in loader.iter_convert(": iteration,
-}
-"""By the words that each begins with: what is to be around it, and the look at what it did."""
-
-
-def example(begins: str) -> Any:
-    (block,) = [block for block in BLOCKS if block.language == "python" and block.text.startswith(begins)]
-    return block
-
-
 @pytest.mark.parametrize("begins", EXAMPLES)
 def test_an_example_does_what_it_says(begins, s3, environ, checkpoint, tmp_path):
     text = example(begins).text.replace("/dev/shm/init", f"{tmp_path}/init")
@@ -327,7 +248,8 @@ def test_every_block_is_run_or_named_with_what_runs_it():
     assert {block.language for block in BLOCKS} == {"yaml", "console", "bash", "python", "text"}
     for block in BLOCKS:
         if block.language == "python" and not block.file:
-            assert any(map(block.text.startswith, EXAMPLES)) or elsewhere(block.text), f"README.md:{block.line}"
+            known = elsewhere(block.text) or any(map(block.text.startswith, EXAMPLES))
+            assert known, f"README.md:{block.line}: nobody runs it: name it in EXAMPLES, or in ELSEWHERE"
         if block.language == "text":  # what something prints, or a tree
             assert not re.search(r"^(\$ )?(python|torchrun|pip|launch/)", block.text, re.MULTILINE)
     files = {block.file for block in BLOCKS if block.file}
@@ -345,7 +267,15 @@ def test_what_is_named_does_run_it():
         assert any(words in each for each in shown), f"README does not show it any longer: {words}"
 
 
-@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "yaml"], ids=lambda block: block.line)
+def test_every_benchmark_is_shown():
+    shown = {word for command in COMMANDS for word in command.words.split()}
+    benchmarks = [path.relative_to(ROOT) for path in (ROOT / "tests/benchmarks").glob("*.py")]
+    assert {str(path) for path in benchmarks if "\nif __name__ ==" in (ROOT / path).read_text()} <= shown
+
+
+@pytest.mark.parametrize(
+    "block", [block for block in BLOCKS if block.language == "yaml"], ids=lambda block: f"line {block.line}"
+)
 def test_every_yaml_is_a_config(block, tmp_path):
     path = tmp_path / "cfg.yaml"
     path.write_text(block.text)
