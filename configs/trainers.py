@@ -13,12 +13,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
 
-def olmo_core(hf_config: Any, mesh: DeviceMesh) -> nn.Module:
-    """OLMo-core's model of an HF Llama's sizes."""
+def olmo_core_config(hf_config: Any) -> Any:
+    """OLMo-core's `TransformerConfig` of an HF Llama's sizes."""
     from olmo_core.nn.feed_forward import FeedForwardConfig
     from olmo_core.nn.transformer import TransformerConfig
 
-    config = TransformerConfig.llama_like(
+    return TransformerConfig.llama_like(
         d_model=hf_config.hidden_size,
         vocab_size=hf_config.vocab_size,
         n_layers=hf_config.num_hidden_layers,
@@ -29,7 +29,11 @@ def olmo_core(hf_config: Any, mesh: DeviceMesh) -> nn.Module:
         layer_norm_eps=hf_config.rms_norm_eps,
         feed_forward=FeedForwardConfig(hf_config.intermediate_size, bias=False),
     )
-    model = config.build(init_device="meta")
+
+
+def olmo_core(hf_config: Any, mesh: DeviceMesh) -> nn.Module:
+    """OLMo-core's model of an HF Llama's sizes, under FSDP."""
+    model = olmo_core_config(hf_config).build(init_device="meta")
     return _sharded(model, list(model.blocks.values()), mesh)
 
 
