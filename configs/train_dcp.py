@@ -1,4 +1,4 @@
-"""A trainer of its own that reads by `torch.distributed.checkpoint`, with one line changed: now it reads from the bucket.
+"""A trainer of its own that starts by `dcp.load`. One line is changed, and it reads Hugging Face checkpoints.
 
 torchrun --nproc-per-node 8 configs/train_dcp.py s3://mine/llama-3-8b
 """

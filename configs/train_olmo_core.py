@@ -26,6 +26,7 @@ from transformers import LlamaConfig
 import loader
 from loader.trainers.olmo_core import load_hf_model
 
+
 def main(uri: str, tokens: str, save_folder: str) -> None:
     """Train some steps on the tokens of a file of uint16."""
     with fsspec.open(f"{uri}/config.json") as file:

@@ -2,9 +2,10 @@
 
 torchrun --nproc-per-node 8 configs/train_torchtitan.py 8B s3://mine/llama-3-8b-torchtitan /data/run
 
-Theirs: the model, its parallelism, the optimizer, the checkpointer that reads, and the trainer. Yours is the data. With a
-data set and a tokenizer of torchtitan's, its command alone does: `--checkpoint.enable --checkpoint.initial_load_path …`.
-Without a checkpoint in between: `loader.trainers.torchtitan.load_hf_checkpoint(trainer.model_parts, uri)`, then `train`.
+Theirs: the model, its parallelism, the optimizer, the checkpointer that reads, and the trainer. Yours is the data. With
+a data set and a tokenizer of torchtitan's its own command will do, and this file is not needed:
+`--checkpoint.enable --checkpoint.initial_load_path …`. Without a checkpoint in between, and with
+`checkpoint.enable` left out: `loader.trainers.torchtitan.load_hf_checkpoint(trainer.model_parts, uri)` before `train`.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def main(flavor: str, checkpoint: str, dump_folder: str) -> None:
         training=TrainingConfig(local_batch_size=1, seq_len=LENGTH, steps=STEPS, mixed_precision_param="float32"),
         dataloader=RandomTokens.Config(rows=spec.model.vocab_size),
         tokenizer=NoTokenizer.Config(),
-        parallelism=ParallelismConfig(spmd_backend="partial_dtensor"),
+        parallelism=ParallelismConfig(spmd_backend="partial_dtensor"),  # plain FSDP2
         metrics=MetricsProcessor.Config(log_freq=1),
     )
     trainer = config.build()

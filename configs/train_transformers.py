@@ -3,8 +3,8 @@
 torchrun --nproc-per-node 8 -m loader.init_from_hf --config configs/llama-fsdp.yaml \
     output.entrypoint=configs.train_transformers:main source.uri=s3://mine/llama-3-8b
 
-Theirs: data loader, optimizer, schedule, loop and logs (`pip install accelerate`, which the Trainer wants). FSDP2 is in the
-model that comes, so that `TrainingArguments` say nothing of it; accelerate's FSDP plugin, which has no CPU, is not used.
+Theirs: data loader, optimizer, schedule, loop and logs (`pip install accelerate`, which the Trainer wants). The model
+comes under FSDP2, so that `TrainingArguments` say nothing of it, and accelerate's FSDP plugin is not used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from configs.train_fsdp import LENGTH, STEPS, show
 
 def main(model: PreTrainedModel, mesh: DeviceMesh, report: loader.Report) -> int:
     """Train some steps on random tokens, and tell the model's fingerprint before and after them."""
-    # As of a model that `from_pretrained(distributed_config=…)` sharded: else the Trainer would wrap it once more, in DDP.
+    # As `from_pretrained(distributed_config=…)` leaves a model, sharded: else the Trainer would wrap it once more.
     model._is_distributed_loading_by_transformers = True  # noqa: SLF001 - 5.23 has no other way to say so
     arguments = TrainingArguments(
         use_cpu=mesh.device_type == "cpu",

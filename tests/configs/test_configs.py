@@ -37,7 +37,7 @@ class Situation:
     checkpoint: str = "llama"
     server: str = "s3"
     ranks: tuple[str, ...] = ("mesh={dp_shard: 2}",)
-    """What changes where it is loaded, by a mesh of so many ranks; none where tests/configs/test_trainers.py loads it."""
+    """What changes where it is loaded, by as many ranks as the mesh has; none where test_trainers.py loads it."""
 
 
 SITUATIONS = {

@@ -1,4 +1,4 @@
-"""The trainers of configs/ really train: from the checkpoint's weights, bit for bit, on two ranks and from a real bucket."""
+"""The trainers of configs/ really train: on two ranks, from a real bucket, from its weights bit for bit."""
 
 import math
 import re
@@ -12,6 +12,7 @@ import torch
 import transformers
 
 import loader
+import tests.torchtitan_models  # noqa: F401 - without a GPU torchtitan wants its kernels replaced
 from loader.init_from_hf import main
 from tests.checkpoints import tiny_llama
 from tests.ranks import run_ranks
@@ -93,8 +94,9 @@ def test_transformers_own_trainer(bucket, llama, tmp_path):
 
 
 def test_olmo_cores_own_trainer(bucket, llama, tmp_path):
-    from configs.trainers import olmo_core_config
     from olmo_core.nn.hf.checkpoint import load_hf_model
+
+    from configs.trainers import olmo_core_config
 
     model = hf_model(llama, torch.float32)
     tokens = rows(model.config.vocab_size, 1, COUNT)
@@ -117,7 +119,6 @@ def convert(uri: str, checkpoint: str) -> int:
 
 
 def test_torchtitans_own_trainer(bucket, tmp_path):
-    import tests.torchtitan_models  # noqa: F401 - without a GPU torchtitan wants its kernels replaced
     from torchtitan.models.llama3 import model_registry
 
     rope = {"rope_type": "llama3", "rope_theta": 500000.0, **ROPE}
