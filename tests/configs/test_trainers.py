@@ -18,6 +18,10 @@ from tests.checkpoints import tiny_llama
 from tests.ranks import run_ranks
 from tests.torchrun import torchrun
 
+PATIENCE = 300.0
+"""Seconds that a start may take."""
+pytestmark = pytest.mark.timeout(2 * PATIENCE)  # a trainer takes seconds to import, many on a machine that is busy
+
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 COUNT = 32
@@ -76,7 +80,7 @@ OURS = r"step \d loss ([\d.]+)"
 def test_plain_fsdp_in_the_process_that_loaded(bucket, llama):
     """The command of llama-fsdp.yaml as it is, with a source of ours."""
     config = ["--config", CONFIGS / "llama-fsdp.yaml", f"source.uri={bucket.put(llama)}", "report=null"]
-    done = torchrun(2, ["-m", "loader.init_from_hf", *config])
+    done = torchrun(2, ["-m", "loader.init_from_hf", *config], timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     model = hf_model(llama)
     loss = loss_of(model, rows(model.config.vocab_size, 1, COUNT))
@@ -86,7 +90,7 @@ def test_plain_fsdp_in_the_process_that_loaded(bucket, llama):
 def test_transformers_own_trainer(bucket, llama, tmp_path):
     config = ["--config", CONFIGS / "llama-fsdp.yaml", f"source.uri={bucket.put(llama)}", "report=null"]
     entrypoint = "output.entrypoint=configs.train_transformers:main"
-    done = torchrun(2, ["-m", "loader.init_from_hf", *config, entrypoint], cwd=tmp_path)
+    done = torchrun(2, ["-m", "loader.init_from_hf", *config, entrypoint], cwd=tmp_path, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     model = hf_model(llama)
     first = rows(model.config.vocab_size, 3 * 2, COUNT)[:2]  # a row for each rank
@@ -102,7 +106,7 @@ def test_olmo_cores_own_trainer(bucket, llama, tmp_path):
     tokens = rows(model.config.vocab_size, 1, COUNT)
     np.tile(tokens.numpy().astype(np.uint16), 64).tofile(tmp_path / "tokens.npy")  # in whatever order, it is this row
     script = [CONFIGS / "train_olmo_core.py", bucket.put(llama), tmp_path / "tokens.npy", tmp_path / "run"]
-    done = torchrun(2, script)
+    done = torchrun(2, script, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     theirs = olmo_core_config(model.config).build(init_device="cpu")
     state = theirs.state_dict()
@@ -124,9 +128,9 @@ def test_torchtitans_own_trainer(bucket, tmp_path):
     rope = {"rope_type": "llama3", "rope_theta": 500000.0, **ROPE}
     llama = tiny_llama(tmp_path / "llama", **TITAN, max_position_embeddings=131072, rope_parameters=rope)
     checkpoint = bucket.prefix()
-    assert run_ranks(2, convert, bucket.put(llama), checkpoint, init=False) == [0, 0]
+    assert run_ranks(2, convert, bucket.put(llama), checkpoint, init=False, timeout=PATIENCE) == [0, 0]
     script = [CONFIGS / "train_torchtitan.py", "debugmodel", checkpoint, tmp_path / "run"]
-    done = torchrun(2, [ROOT / "tests/torchtitan_on_cpu.py", *script])
+    done = torchrun(2, [ROOT / "tests/torchtitan_on_cpu.py", *script], timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
 
     spec = model_registry("debugmodel")
@@ -159,9 +163,9 @@ def test_plain_fsdp_in_a_process_of_its_own(name, bucket, llama, tmp_path):
     """Over files of the node, and through `dcp.load` with our reader."""
     given, init = bucket.put(llama), tmp_path / "init"
     if name == "train_local.py":
-        assert run_ranks(2, load_local, given, str(init), init=False) == [0, 0]
+        assert run_ranks(2, load_local, given, str(init), init=False, timeout=PATIENCE) == [0, 0]
         given = str(init)
-    done = run_ranks(2, run_script, name, given, init=False, outcomes=True)
+    done = run_ranks(2, run_script, name, given, init=False, outcomes=True, timeout=PATIENCE)
     assert [outcome.error for outcome in done] == [None, None], done
     model = hf_model(llama)
     loss = loss_of(model, rows(model.config.vocab_size, 1, COUNT))
