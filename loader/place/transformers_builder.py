@@ -135,9 +135,9 @@ def _on_meta(cls: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.
         model = cls(config)
     if plan := model._get_dtype_plan(dtype):
         kept, globs, _ = build_glob_alternation(list(plan))
-        for name, param in model.named_parameters():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if match := kept.search(name):
-                param.data = param.data.to(plan[globs[match.lastgroup]])
+                tensor.data = tensor.data.to(plan[globs[match.lastgroup]])
     return model
 
 

@@ -1,140 +1,220 @@
-"""Every file in configs/ is what its first comment says it is."""
+"""Every file in configs/ is what its first comment says it is: it plans, and loads, from the server that it is for."""
 
-import fnmatch
+from __future__ import annotations
+
+import dataclasses
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from loader.config import Config, parse, resolve_mesh
 from loader.convert.named import olmo_core, torchtitan
 from loader.init_from_hf import main
 from loader.place.targets import tensors_of_module
 from loader.place.transformers_builder import config_of
-from tests.checkpoints import same_bits, tiny_llama
+from tests.checkpoints import same_bits
+from tests.hub import hub_server
+from tests.quantised import in_blocks, quantised_copy
 from tests.ranks import run_ranks
-from tests.torchrun import torchrun
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@dataclasses.dataclass(frozen=True)
+class Situation:
+    """What a config is for."""
+
+    mesh: Mapping[str, int]
+    """With as many ranks as its comment starts."""
+    checkpoint: str = "llama"
+    server: str = "s3"
+    ranks: tuple[str, ...] = ("mesh={dp_shard: 2}",)
+    """What changes where it is loaded, by as many ranks as the mesh has; none where test_trainers.py loads it."""
+
+
+SITUATIONS = {
+    "llama-fsdp": Situation({"dp_shard": 8}, ranks=()),
+    "llama-local": Situation({"dp_shard": 8}, ranks=()),
+    "torchtitan-dcp": Situation({"dp_shard": 4}, "debugmodel", ranks=()),
+    "llama-hsdp-two-nodes": Situation(
+        {"dp_replicate": 2, "dp_shard": 8}, ranks=("mesh={dp_replicate: 2, dp_shard: 2}",)
+    ),
+    "tp-fsdp": Situation({"dp_shard": 4, "tp": 8}, ranks=("mesh={dp_shard: 2, tp: 2}",)),
+    "moe-ep": Situation(
+        {"dp_replicate": 4, "dp_shard": 8}, "qwen3_moe", ranks=("mesh={dp_replicate: 2, dp_shard: 2}",)
+    ),
+    "fp8-deepseek": Situation({"dp_shard": 64}, "deepseek"),
+    "olmo-core": Situation({"dp_shard": 8}),
+    "torchtitan": Situation({"dp_shard": 8}, "debugmodel"),
+    "gcs": Situation({"dp_shard": 8}, server="gcs"),
+    "hub": Situation({"dp_shard": 8}, server="hub"),
+    "convert-to-dcp": Situation({"dp_shard": 4}),
+}
+
+
+def test_each_file_has_a_situation_here():
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(SITUATIONS)
+
+
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_the_mesh_fits_the_ranks_that_the_comment_starts(name):
+    text = (CONFIGS / f"{name}.yaml").read_text()
+    words = text.split()
+    nodes = int(words[words.index("--nnodes") + 1]) if "--nnodes" in words else 1
+    mesh = SITUATIONS[name].mesh
+    ranks = nodes * int(words[words.index("--nproc-per-node") + 1])
+    assert list(resolve_mesh(load(name).mesh, ranks).items()) == list(mesh.items())
+    assert f"configs/{name}.yaml" in text
 
 
 def load(name: str, *overrides: str) -> Config:
     return parse(str(CONFIGS / f"{name}.yaml"), overrides)
 
 
-def test_each_file_has_a_test_here():
-    tested = {
-        "llama-fsdp",
-        "llama-hsdp-two-nodes",
-        "tp-fsdp",
-        "convert-to-dcp",
-        "olmo-core",
-        "torchtitan",
-        "llama-local",
-    }
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == tested
+# ---------------------------------------------------------------- a checkpoint of its kind, on a server of its kind
 
 
-@pytest.mark.parametrize(
-    ("name", "world_size", "mesh"),
-    [
-        ("llama-fsdp", 8, {"dp_shard": 8}),
-        ("llama-hsdp-two-nodes", 16, {"dp_replicate": 2, "dp_shard": 8}),
-        ("tp-fsdp", 32, {"dp_shard": 4, "tp": 8}),
-        ("llama-local", 8, {"dp_shard": 8}),
-        ("convert-to-dcp", 4, {"dp_shard": 4}),
-        ("olmo-core", 8, {"dp_shard": 8}),
-        ("torchtitan", 8, {"dp_shard": 8}),
-    ],
-)
-def test_the_mesh_fits_the_ranks_that_the_comment_starts(name, world_size, mesh):
-    text = (CONFIGS / f"{name}.yaml").read_text()
-    words = text.split()
-    nodes = int(words[words.index("--nnodes") + 1]) if "--nnodes" in words else 1
-    assert nodes * int(words[words.index("--nproc-per-node") + 1]) == world_size
-    resolved = resolve_mesh(load(name).mesh, world_size)
-    assert resolved == mesh
-    assert list(resolved) == list(mesh)
-    assert f"configs/{name}.yaml" in text
+SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 104}
+HEADS = {"num_attention_heads": 16, "num_key_value_heads": 16}
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
+GROUPS = {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+EXPERTS = {"moe_intermediate_size": 24, "num_experts_per_tok": 2}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {**HEADS, "num_key_value_heads": 8}),
+    "debugmodel": (  # torchtitan's
+        "llama",
+        {**HEADS, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "vocab_size": 2048},
+    ),
+    "qwen3_moe": ("qwen3_moe", {**HEADS, **EXPERTS, "num_experts": 8, "head_dim": 16}),
+    "bfloat16": ("deepseek_v3", {**HEADS, **LATENT, **GROUPS, **EXPERTS}),
+}
 
 
-@pytest.mark.parametrize("name", ["llama-fsdp", "llama-hsdp-two-nodes", "tp-fsdp"])
-def test_training_configs_build_with_transformers_and_hand_the_model_on(name):
-    config = load(name)
-    assert config.model.builder == "transformers"
-    assert config.model.dtype is torch.bfloat16
-    assert set(config.mesh) <= {"dp_replicate", "dp_shard", "tp"}  # the dims that this builder takes
-    assert config.output.entrypoint is not None
-    assert config.output.checkpoint is None
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> Path:
+    """By name; `deepseek` is quantised, and beside it is `plain`, what it means."""
+    directory = tmp_path_factory.mktemp("checkpoints")
+    torch.manual_seed(0)
+    for name, (model_type, sizes) in MODELS.items():
+        config = transformers.AutoConfig.for_model(model_type, **SMALL | sizes)
+        transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory / name)
+    quantisation = {"quant_method": "fp8", "weight_block_size": [12, 20]}
+    quantised_copy(directory / "bfloat16", directory, in_blocks((12, 20)), quantisation)
+    (directory / "quantised").rename(directory / "deepseek")
+    return directory
 
 
-def test_the_conversion_shards_weights_and_replicates_norms():
-    config = load("convert-to-dcp")
-    assert config.model.builder is None
-    assert config.output.checkpoint is not None
+@pytest.fixture
+def served(request, checkpoints, tmp_path, monkeypatch):
+    """`served(situation)`: overrides that say where its checkpoint is."""
 
-    def shard(fqn):
-        return next((rule.shard for rule in config.placements if fnmatch.fnmatchcase(fqn, rule.match)), {})
+    def put(situation: Situation) -> list[str]:
+        directory = checkpoints / situation.checkpoint
+        if situation.server == "hub":
+            hub = request.getfixturevalue("hub")
+            hub.put(directory, "meta-llama/Llama-3.1-8B")  # the config's own
+            return [f"source.storage_options={{endpoint: '{hub.endpoint}', token: false}}"]
+        server = request.getfixturevalue(situation.server)
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        return [f"source.uri={server.put(directory)}"] + ["source.storage_options={token: anon}"] * (
+            situation.server == "gcs"
+        )
 
-    assert shard("model.layers.0.mlp.up_proj.weight") == {"dp_shard": 0}
-    assert shard("model.layers.0.input_layernorm.weight") == {}
-    assert shard("model.norm.weight") == {}
+    return put
 
 
-def test_a_source_of_ones_own_replaces_the_example():
-    assert load("llama-fsdp", "source.uri=file:///tmp/mine").source.uri == "file:///tmp/mine"
+@pytest.fixture
+def hub(tmp_path):
+    with hub_server(tmp_path / "hub") as hub:
+        yield hub
 
 
-def run(name: str, uri: str) -> int:
-    """In a rank: the config as it is, but for the source, and a program that looks at what it was given."""
+def run(name: str, arguments: list[str]) -> int:
+    """In a rank: the config as it is, but for these."""
     if name == "torchtitan":
         import tests.torchtitan_models  # noqa: F401 - without a GPU torchtitan wants its kernels replaced
-    overrides = [f"source.uri={uri}", f"output.entrypoint={__name__}:check_{name.replace('-', '_')}", "report=null"]
-    return main(["--config", str(CONFIGS / f"{name}.yaml"), "model.device=cpu", *overrides])
+    return main(["--config", str(CONFIGS / f"{name}.yaml"), "model.device=cpu", *arguments])
 
 
-def check_olmo_core(model, mesh, report) -> int:
-    return check(model, report, olmo_core.convert)
+@pytest.mark.parametrize("name", SITUATIONS)
+def test_it_plans_for_the_ranks_that_the_comment_starts(name, served, tmp_path):
+    situation = SITUATIONS[name]
+    ranks = torch.Size(situation.mesh.values()).numel()
+    plan = ["--dry-run", "--world-size", str(ranks), *served(situation), f"report={tmp_path}/report.json"]
+    if load(name).output.entrypoint == "train:main":  # the reader's own
+        plan.append(f"output.entrypoint={__name__}:look")
+    assert run_ranks(1, run, name, plan, init=False, timeout=110) == [0]  # not in this process, for an error ends it
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["predicted"]["coverage"] == "complete"
+    assert report["mesh"] == situation.mesh
+    assert report["needed_bytes"] == report["predicted"]["egress_bytes"]["world"]
 
 
-def check_torchtitan(model, mesh, report) -> int:
-    return check(model, report, torchtitan.convert_fused)
+# ---------------------------------------------------------------- and loads
 
 
-def check(model, report, convert) -> int:
-    directory = Path(report.source.uri)
+@pytest.mark.parametrize("name", [name for name, situation in SITUATIONS.items() if situation.ranks])
+def test_it_loads(name, served, checkpoints, tmp_path):
+    """As it is, but for the source, the mesh, and a program that looks at what it was given."""
+    situation = SITUATIONS[name]
+    overrides = [*served(situation), *situation.ranks, "report=null"]
+    output = load(name).output
+    if output.checkpoint is None:
+        overrides.append(f"output.entrypoint={__name__}:look")
+    else:
+        overrides.append(f"output.checkpoint={tmp_path}/dcp")
+    expected = checkpoints / ("plain" if situation.checkpoint == "deepseek" else situation.checkpoint)
+    mesh = load(name, *situation.ranks).mesh
+    ranks = torch.Size(mesh.values()).numel()
+    found = run_ranks(
+        ranks, run, name, overrides, init=False, timeout=110, env={"CONFIG": name, "EXPECTED": str(expected)}
+    )
+    assert found == [0] * ranks
+    if output.checkpoint is not None:
+        assert_equal(of_dcp(tmp_path / "dcp"), of_transformers(expected))
+
+
+def look(model: torch.nn.Module, mesh: Any, report: Any) -> None:
+    """In a rank, an entrypoint: what it was given is the whole conversion by the trainer's names."""
+    name, expected = os.environ["CONFIG"], Path(os.environ["EXPECTED"])
+    by = {"olmo-core": olmo_core.convert, "moe-ep": olmo_core.convert_dropless, "torchtitan": torchtitan.convert_fused}
+    found = {
+        fqn: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for fqn, tensor in tensors_of_module(model)
+    }
+    assert_equal(found, converted(expected, by[name]) if name in by else of_transformers(expected))
+
+
+def converted(directory: Path, convert: Any) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for file in directory.glob("*.safetensors"):
+        tensors |= load_file(file)
     config = config_of(json.loads((directory / "config.json").read_text()))
-    expected = {fqn: t.bfloat16() for fqn, t in convert(load_file(directory / "model.safetensors"), config)}
-    found = dict(tensors_of_module(model))  # torchtitan's state dict has q, k and v apart again
-    wrong = [fqn for fqn in expected if not same_bits(found[fqn].full_tensor(), expected[fqn])]
-    return 7 if wrong or set(found) != set(expected) else 0
+    return {fqn: tensor.bfloat16() for fqn, tensor in convert(tensors, config)}
 
 
-@pytest.mark.parametrize("name", ["olmo-core", "torchtitan"])
-def test_the_trainers_models_are_filled(name, tmp_path):
-    sizes = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 6, "num_attention_heads": 16}
-    config = transformers.LlamaConfig(**sizes, vocab_size=2048, num_key_value_heads=16)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    outcomes = run_ranks(2, run, name, str(tmp_path), init=False, outcomes=True)
-    assert [outcome.value for outcome in outcomes] == [0, 0], outcomes
+def of_transformers(directory: Path) -> dict[str, torch.Tensor]:
+    return dict(transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).state_dict())
 
 
-def test_a_trainer_of_its_own_takes_over(tmp_path):
-    """Both commands of llama-local.yaml as it shows them, with a source and a directory of ours."""
-    llama = tiny_llama(tmp_path / "llama", dtype=torch.bfloat16)
-    init, overrides = tmp_path / "init", [f"source.uri={llama}", f"output.local={tmp_path}/init", "report=null"]
-    done = torchrun(2, ["-m", "loader.init_from_hf", "--config", CONFIGS / "llama-local.yaml", *overrides])
-    assert done.returncode == 0, done.stderr
-    assert (init / "complete.json").exists()
-    trained = torchrun(2, [CONFIGS / "train_local.py", init])
-    assert trained.returncode == 0, trained.stderr
-    losses = [float(line.split()[-1]) for line in trained.stdout.splitlines() if line.startswith("step ")]
-    assert len(losses) == 3
-    model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.bfloat16)
-    torch.manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, (1, 32))
-    assert abs(losses[0] - model(input_ids=tokens, labels=tokens).loss.item()) < 0.01
-    assert not init.exists()
+def of_dcp(directory: Path) -> dict[str, torch.Tensor]:
+    import torch.distributed.checkpoint as dcp
+
+    described = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+    found = {fqn: torch.empty(each.size, dtype=each.properties.dtype) for fqn, each in described.items()}
+    dcp.load(found, storage_reader=dcp.FileSystemReader(directory), no_dist=True)
+    return found
+
+
+def assert_equal(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    wrong = [fqn for fqn in found if not same_bits(found[fqn], expected[fqn])]
+    assert not wrong, [(fqn, found[fqn].dtype, expected[fqn].dtype) for fqn in wrong]
