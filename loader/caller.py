@@ -59,3 +59,16 @@ class Caller:
             except BaseException as error:  # noqa: BLE001 - for the one who waits
                 future.set_exception(error)
             del item, work, future
+
+
+def within(seconds: float, work: Callable[[], object], name: str) -> None:
+    """Call `work` on a thread of that name, and wait for it so long at most: then it is left behind."""
+    caller = Caller(name)
+    done = caller.submit(work)
+    try:
+        done.result(seconds)
+    except NotYet:
+        if done.done():
+            raise
+    finally:
+        caller.close()

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from loader.build import Model
+from loader.caller import within
 from loader.config import Output
-from loader.errors import LoaderError
+from loader.errors import LoaderError, LostRankError
 from loader.exchange.control import Control
 from loader.exchange.node import node_name
 from loader.logs import Voice
@@ -20,6 +21,10 @@ from loader.report import Source
 from loader.sinks import assets, checkpoint, directory, local, manifest
 from loader.stream.planning import alike_on_all_ranks, pack, unpack
 from loader.uri import public_uri
+
+REMOVAL, REMOVAL_AFTER_A_LOSS = 4.0, 1.0
+"""Seconds for removing what a run that fails has begun: all ranks are to end within 10, and a lost one was missed for 7.
+A bucket that is out of reach would take minutes; what is left there is incomplete, and the next run reclaims it."""
 
 
 @contextmanager
@@ -138,7 +143,12 @@ class Outputs:
             raise self._control.error
 
     def discard(self) -> None:
-        """Remove what was begun. Ranks write their shards by themselves, so each looks when it has stopped."""
+        """Remove what was begun, as far as that can be done in time."""
+        lost = isinstance(self._control.error, LostRankError)
+        within(REMOVAL_AFTER_A_LOSS if lost else REMOVAL, self._remove, "loader-discard")
+
+    def _remove(self) -> None:
+        """Ranks write their shards by themselves, so each looks when it has stopped."""
         if self.checkpoint is not None and self._first_of_node:  # each node may have a local directory of its own
             directory.discard(self.checkpoint)
         if self.local is not None:

@@ -25,11 +25,11 @@ from loader.place.landing import Landings
 from loader.stream.pipeline import Pipeline
 from tests.checkpoints import random_checkpoint
 from tests.misbehaving import FILE, Get, Misbehaving, stall
-from tests.processes import kill_tree
+from tests.processes import kill_tree, seconds_to_end
 from tests.proxy import CountingProxy, Reply
 from tests.ranks import run_ranks
 from tests.servers import http_server
-from tests.torchrun import Finished, torchrun
+from tests.torchrun import TWO_HOSTS, Finished, torchrun
 
 RANKS = 4
 TENSORS = {f"layers.{n}.weight": (torch.bfloat16, (2048, 1024)) for n in range(4)}  # 16 MB
@@ -134,7 +134,8 @@ class Job:
             "read": {"range_size": "128KiB", "memory_budget": "32MiB", "timeout": "60s"},
         }  # fmt: skip
         self.config.write_text(json.dumps(sections))
-        self.struck = 0.0
+        self.seconds = 0.0
+        """From the strike to the last rank's end: torchrun's own, after that, may take longer."""
 
     @staticmethod
     def _hang(get: Get) -> Reply | None:
@@ -148,11 +149,13 @@ class Job:
                 assert all(agent.poll() is None for agent in agents)
                 time.sleep(0.1)
             assert self.out.exists()
+            ranks = [rank for agent in agents for rank in psutil.Process(agent.pid).children()]
+            since = time.monotonic()
             strike(agents)
-            self.struck = time.monotonic()
+            self.seconds = max(seconds_to_end(ranks, since))
 
         return torchrun(
-            2, ["-m", "loader.init_from_hf", "--config", self.config], nnodes=2, timeout=60, meanwhile=meanwhile
+            2, ["-m", "loader.init_from_hf", "--config", self.config], hosts=TWO_HOSTS, timeout=60, meanwhile=meanwhile
         )
 
     def works_when_started_again(self) -> None:
@@ -179,24 +182,20 @@ def _told(finished: Finished) -> dict[int, str]:
     return {int(r): said for r, said in re.findall(r"^rank (\d): (.*)", finished.stderr, re.MULTILINE)}
 
 
-@pytest.mark.parametrize("host", [1, 0], ids=["a host", "the store's host"])
-def test_a_host_that_is_lost_ends_the_other(job, host):
-    """It takes its agent with it, so the other host's ranks must see for themselves."""
-    finished = job.run(lambda agents: kill_tree(agents[host].pid))
-    assert time.monotonic() - job.struck < 20  # theirs, and then torchrun's own end
+def test_the_stores_host_that_is_lost_ends_the_other(job):
+    """It takes its agent with it, so the other host's ranks must see for themselves. (`test_hosts.py` has the rest.)"""
+    finished = job.run(lambda agents: kill_tree(agents[0].pid))
+    assert job.seconds < 10
     told = _told(finished)
     assert len(told) == 2, finished.stderr
     for said in told.values():
-        assert said.startswith("LostRankError: ")
-        assert re.search(r"rank \d \(host|the store that ranks talk through is gone", said)
-    if host == 1:
-        assert not job.out.exists()
+        assert said.startswith("LostRankError: the store that ranks talk through is gone")
     job.works_when_started_again()
 
 
 def test_sigterm_ends_it_cleanly(job):
     finished = job.run(lambda agents: [agent.send_signal(signal.SIGTERM) for agent in agents])
-    assert time.monotonic() - job.struck < 15
+    assert job.seconds < 15
     assert finished.returncode != 0
     told = _told(finished)
     assert told, finished.stderr

@@ -25,7 +25,7 @@ from loader.exchange import watch
 from tests.checkpoints import random_checkpoint
 from tests.proxy import CountingProxy
 from tests.ranks import run_ranks
-from tests.torchrun import torchrun
+from tests.torchrun import TWO_HOSTS, torchrun
 
 PAIR, RANKS = 2, 3  # for many cases in one world, and for one in each
 TENSORS = {
@@ -329,7 +329,7 @@ def test_under_torchrun_two_agents_end_alike_and_a_bucket_is_left_as_it_was(s3, 
     )
     (tmp_path / "good/config.json").write_text("{}")
     s3.put(tmp_path / "good", uri)
-    finished = torchrun(1, ["-m", "loader.init_from_hf", "--config", config], nnodes=2, env=s3.environment)
+    finished = torchrun(1, ["-m", "loader.init_from_hf", "--config", config], hosts=TWO_HOSTS, env=s3.environment)
     assert finished.returncode == 1
     assert set(re.findall(r"exitcode\s*: (-?\d+)", finished.stderr)) == {"2"}
     for rank in (0, 1):

@@ -25,7 +25,7 @@ from tests.processes import ROOT, python_path
 from tests.proxy import CountingProxy
 from tests.ranks import run_ranks
 from tests.shards import blank, differences, shard
-from tests.torchrun import torchrun
+from tests.torchrun import TWO_HOSTS, torchrun
 
 COMMAND = ["-m", "loader.init_from_hf", "--config"]
 CONTRACT = {
@@ -62,7 +62,7 @@ def test_minilm_from_s3_on_two_nodes(s3, tmp_path):
             read={"share": "node", "memory_budget": "64MiB"},
             output={"entrypoint": "tests.programs:embed"},
         )
-        done = torchrun(2, [*COMMAND, config], nnodes=2, env=s3.at(proxy.url).environment)
+        done = torchrun(2, [*COMMAND, config], hosts=TWO_HOSTS, env=s3.at(proxy.url).environment)
         assert done.returncode == 0, done.stderr
         served, gets = proxy.bytes_served(".safetensors"), proxy.gets(".safetensors")
     report = _report(tmp_path)

@@ -30,7 +30,7 @@ from tests.checkpoints import random_checkpoint
 from tests.proxy import CountingProxy, Forward, Reply, Request
 from tests.ranks import Outcome, run_ranks
 from tests.shards import blank, differences, shard
-from tests.torchrun import torchrun
+from tests.torchrun import TWO_HOSTS, torchrun
 
 RANKS = 4
 TENSORS = {f"layers.{n}.weight": (torch.bfloat16, (1000, 1000)) for n in range(8)}  # 16 MB, in several rounds
@@ -349,7 +349,9 @@ def test_with_two_agents_no_rank_stays_behind(tmp_path):
     random_checkpoint(tmp_path, {"weight": (torch.float32, (4, 1))})
     (tmp_path / "config.json").write_text("{}")
     config = _config(tmp_path, str(tmp_path), model={"builder": "tests.test_failures:die"}, placements=[])
-    finished = torchrun(2, ["-m", "loader.init_from_hf", "--config", config], nnodes=2, env={"DYING": "3"}, timeout=60)
+    finished = torchrun(
+        2, ["-m", "loader.init_from_hf", "--config", config], hosts=TWO_HOSTS, env={"DYING": "3"}, timeout=60
+    )
     assert finished.returncode == 1
     assert re.search(r"rank\s*: 3 .*\n\s*exitcode\s*: -9 ", finished.stderr)
     for rank in range(3):

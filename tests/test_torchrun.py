@@ -1,7 +1,7 @@
 import psutil
 import pytest
 
-from tests.torchrun import torchrun
+from tests.torchrun import TWO_HOSTS, torchrun
 
 SCRIPT = """
 import os, sys
@@ -24,7 +24,7 @@ def script(tmp_path):
 
 
 def test_torchrun_over_two_agents(script):
-    finished = torchrun(1, [script, "argument"], nnodes=2)
+    finished = torchrun(1, [script, "argument"], hosts=TWO_HOSTS)
     assert finished.returncode == 0, finished.stderr
     assert "groups 01 argument" in finished.stdout
 

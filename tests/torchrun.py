@@ -11,9 +11,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import psutil
 
@@ -32,50 +32,104 @@ class Finished:
     @property
     def exit_codes(self) -> dict[int, int]:
         """Exit codes by rank, of the ranks that torchrun lists as failed."""
-        return {int(r): int(code) for r, code in re.findall(r"rank\s*: (\d+) .*\n\s*exitcode\s*: (-?\d+)", self.stderr)}
+        return exit_codes(self.stderr)
+
+
+def exit_codes(stderr: str) -> dict[int, int]:
+    """By rank, as torchrun's summaries have them."""
+    return {int(r): int(code) for r, code in re.findall(r"rank\s*: (\d+) .*\n\s*exitcode\s*: (-?\d+)", stderr)}
+
+
+class Host(Protocol):
+    """Where an agent runs: its address for the others, and the interface that has it."""
+
+    @property
+    def peer_address(self) -> str: ...
+    @property
+    def peer_interface(self) -> str: ...
+    def command(self, *args: str) -> list[str]:
+        """What runs `args` there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Here:
+    """This machine, over loopback."""
+
+    peer_address = "127.0.0.1"
+    peer_interface = "lo"
+
+    def command(self, *args: str) -> list[str]:
+        return list(args)
+
+
+TWO_HOSTS = (Here(), Here())
+
+
+@contextlib.contextmanager
+def agents(
+    hosts: Sequence[Host],
+    nproc: int,
+    args: Sequence[str | Path],
+    folder: Path,
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | str = ROOT,
+) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Start `python -m torch.distributed.run` with `args` on each of `hosts`, with `nproc` ranks there, and one
+    rendezvous on the first. What they and their ranks print is in `folder`, host by host. All are killed at the end.
+    """
+    several = len(hosts) > 1
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={nproc}"]
+    endpoint = f"--rdzv-endpoint={hosts[0].peer_address}:{free_ports(1)[0]}"
+    meeting = [f"--nnodes={len(hosts)}", "--rdzv-backend=c10d", endpoint] if several else ["--standalone"]
+    environ = {**os.environ, "PYTHONPATH": python_path(), "PYTHONFAULTHANDLER": "1", **(env or {})}
+    with contextlib.ExitStack() as stack:
+        started = []
+        for number, host in enumerate(hosts):
+            # Files, not pipes: a pipe stays open as long as any descendant lives.
+            out, err = (stack.enter_context(path.open("w")) for path in logs_of(folder, number))
+            own = [f"--local-addr={host.peer_address}", *([f"--rdzv-conf=is_host={number == 0}"] if several else [])]
+            agent = subprocess.Popen(
+                host.command(*command, *meeting, *own, *map(str, args)),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                env={"GLOO_SOCKET_IFNAME": host.peer_interface, "TP_SOCKET_IFNAME": host.peer_interface, **environ},
+                cwd=cwd,
+            )
+            stack.callback(kill_tree, agent.pid)
+            started.append(agent)
+        yield started
+
+
+def logs_of(folder: Path, number: int) -> tuple[Path, Path]:
+    """The stdout and stderr of the agent on the host of that number."""
+    return folder / f"{number}.out", folder / f"{number}.err"
 
 
 def torchrun(
     nproc: int,
     args: Sequence[str | Path],
     *,
+    hosts: Sequence[Host] = (Here(),),
     env: Mapping[str, str] | None = None,
     cwd: Path | str = ROOT,
-    nnodes: int = 1,
     timeout: float = 120,
     meanwhile: Callable[[Sequence[subprocess.Popen[bytes]]], object] = lambda _: None,
 ) -> Finished:
-    """Run `python -m torch.distributed.run` with `args` (`["-m", "loader.init_from_hf", …]`): `nproc` ranks on each of
-    `nnodes` agents, all on this machine. After `timeout` seconds all are killed, and TimeoutError has their stacks.
-    `meanwhile` is called with the agents when all have started.
+    """Run torchrun with `args` (`["-m", "loader.init_from_hf", …]`) on `hosts`, as `agents` does, and wait for the end.
+    After `timeout` seconds all are killed, and TimeoutError has their stacks. `meanwhile` is called with the agents
+    when all have started.
     """
-    meeting = ["--standalone"]
-    if nnodes > 1:
-        meeting = [f"--nnodes={nnodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{free_ports(1)[0]}"]
-    command = [sys.executable, "-m", "torch.distributed.run", *meeting, "--local-addr=127.0.0.1"]
-    command += [f"--nproc-per-node={nproc}", *map(str, args)]
-    environ = {
-        **os.environ,
-        "PYTHONPATH": python_path(),
-        "PYTHONFAULTHANDLER": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        **(env or {}),
-    }
-    with tempfile.TemporaryDirectory(prefix="torchrun-") as scratch, contextlib.ExitStack() as stack:
-        agents, logs = [], []
-        for node in range(nnodes):
-            # Files, not pipes: a pipe stays open as long as any descendant lives.
-            out, err = (stack.enter_context(Path(scratch, f"{node}.{name}").open("w+")) for name in ("out", "err"))
-            agent = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environ, cwd=cwd)
-            stack.callback(kill_tree, agent.pid)
-            agents.append(agent)
-            logs.append((out, err))
-        meanwhile(agents)
-        late = not _all_end(agents, timeout)
-        stdout, stderr = ("".join(_contents(log[stream]) for log in logs) for stream in (0, 1))
+    with tempfile.TemporaryDirectory(prefix="torchrun-") as scratch:
+        with agents(hosts, nproc, args, Path(scratch), env=env, cwd=cwd) as started:
+            meanwhile(started)
+            late = not _all_end(started, timeout)
+        logs = zip(*(logs_of(Path(scratch), number) for number in range(len(hosts))), strict=True)
+        stdout, stderr = ("".join(path.read_text(errors="replace") for path in stream) for stream in logs)
     if late:
         raise TimeoutError(f"torchrun had not ended after {timeout} s\n{stdout}\n{stderr}")
-    return Finished(next((agent.returncode for agent in agents if agent.returncode), 0), stdout, stderr)
+    return Finished(next((agent.returncode for agent in started if agent.returncode), 0), stdout, stderr)
 
 
 def _all_end(agents: Sequence[subprocess.Popen[bytes]], timeout: float) -> bool:
@@ -95,8 +149,3 @@ def _all_end(agents: Sequence[subprocess.Popen[bytes]], timeout: float) -> bool:
             agent.wait()
         return False
     return True
-
-
-def _contents(file: Any) -> str:
-    file.seek(0)
-    return str(file.read())

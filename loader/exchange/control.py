@@ -94,11 +94,13 @@ class Control(Watch):
 
     def leave(self, seconds: float) -> None:
         """Wait until every rank is about to end, at most `seconds`: so that no rank's end hides another's message."""
-        until = time.monotonic() + seconds
         lost = isinstance(self._error, LostRankError)
-        if lost and self._error is not None and self._error.rank is None:
-            time.sleep(min(seconds, 2 * BEAT))  # there is no store to meet at: by then the others have seen it too
-            return
+        if lost and self._error is not None:
+            seconds = min(seconds, 2 * BEAT)  # by then the others have seen it too; and more than one may be lost
+            if self._error.rank is None:
+                time.sleep(seconds)  # there is no store to meet at
+                return
+        until = time.monotonic() + seconds
         staying = self.world_size - lost
 
         def give_up() -> LoaderError | None:

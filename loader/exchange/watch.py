@@ -26,9 +26,9 @@ BEAT = 0.5
 LOST_AFTER = 6.0
 """Seconds between beats, and without one until a rank counts as lost: all ranks must end within 10 s of a loss."""
 
-SILENT_AFTER = 8.0
-"""Seconds without an answer until the store counts as gone. It may stall for less: it looks up the name of each host
-that connects to it, and where a name server does not answer that takes five."""
+SILENT_AFTER = 7.0
+"""Seconds without an answer until the store counts as gone, about when a lost rank is missed. It may stall for less: it
+looks up the name of each host that connects to it, and where a name server does not answer that takes five."""
 
 UNSEEN_FOR = 300.0
 """Seconds until a rank that never beat counts as lost. It may still be on its way here: torch's stores wait as long."""

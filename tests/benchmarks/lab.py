@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # see tests/conftest.py
 
-from tests.benchmarks.hosts.sealed import CANNOT, run_sealed, why_not
+from tests.hosts.sealed import CANNOT, run_sealed, why_not
 
 
 def main() -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.benchmarks.hosts.sealed import CANNOT, why_not
+from tests.hosts.sealed import CANNOT, why_not
 from tests.processes import ROOT
 
 COMMAND = [sys.executable, "tests/benchmarks/lab.py", "--scenario=hsdp2", "--size=8MiB", "--repeats=1", "--contenders"]

@@ -22,9 +22,9 @@ from loader.config.values import parse_bytes
 from loader.place.state_dict import Rule
 from tests.benchmarks.frameworks import ALL, missing
 from tests.benchmarks.hosts.fleet import Fleet, FleetError, fleet
-from tests.benchmarks.hosts.links import BUCKET, hosts
 from tests.benchmarks.hosts.tasks import Measured, Task
 from tests.benchmarks.peers import COLUMNS, DTYPE, ROWS
+from tests.hosts.links import BUCKET, hosts
 from tests.proxy import CountingProxy
 
 LAYERS = 8

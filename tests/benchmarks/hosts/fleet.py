@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
-from tests.benchmarks.hosts.links import Host
 from tests.benchmarks.hosts.tasks import POLL, Failed, Measured, Task, put, take
-from tests.processes import kill_tree, python_path
+from tests.hosts.links import Host
+from tests.torchrun import agents
 
-PORT = 29400
 START = 300.0
 """Seconds for all ranks to make their imports."""
 
 ENVIRONMENT = {
-    "GLOO_SOCKET_IFNAME": "peer",
-    "TP_SOCKET_IFNAME": "peer",
     "OMP_NUM_THREADS": "1",
     "TORCH_GLOO_LAZY_INIT": "1",
     "RES_OPTIONS": "timeout:1 attempts:1",  # no name server is there
@@ -62,7 +57,7 @@ class Fleet:
         while not all((self._folder / name(rank)).exists() for rank in range(self._world_size)):
             ended = [agent for agent in self._agents if agent.poll() is not None]
             if ended or time.monotonic() - begun > timeout:
-                logs = "\n".join(path.read_text()[-4000:] for path in self._folder.glob("log.*"))
+                logs = "\n".join(path.read_text()[-4000:] for path in self._folder.glob("*.err"))
                 raise FleetError(f"torchrun {'ended' if ended else 'takes too long'}:\n{logs}")
             time.sleep(POLL)
         return time.monotonic() - begun
@@ -71,25 +66,10 @@ class Fleet:
 @contextmanager
 def fleet(hosts: Sequence[Host], ranks_per_host: int, folder: Path) -> Iterator[Fleet]:
     """Start torchrun on all hosts; `folder` is an empty one that all of them see."""
-    agents = []
-    with ExitStack() as stack:
-        for host in hosts:
-            meeting = (
-                f"--nnodes={len(hosts)}",
-                f"--nproc-per-node={ranks_per_host}",
-                "--rdzv-backend=c10d",
-                f"--rdzv-endpoint={hosts[0].peer_address}:{PORT}",
-                f"--rdzv-conf=is_host={host.number == 0}",
-                f"--local-addr={host.peer_address}",
-            )
-            worker = ("-m", "tests.benchmarks.hosts.worker", str(folder))
-            command = host.command(sys.executable, "-m", "torch.distributed.run", *meeting, *worker)
-            log = stack.enter_context(Path(folder, f"log.{host.number}").open("wb"))
-            environ = {**os.environ, **ENVIRONMENT, "PYTHONPATH": python_path()}
-            agents.append(subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=log, stderr=log))
-            stack.callback(kill_tree, agents[-1].pid)
-        made = Fleet(folder, agents, len(hosts) * ranks_per_host)
+    worker = ("-m", "tests.benchmarks.hosts.worker", str(folder))
+    with agents(hosts, ranks_per_host, worker, folder, env=ENVIRONMENT) as started:
+        made = Fleet(folder, started, len(hosts) * ranks_per_host)
         yield made
         made.run(None)
-        for agent in agents:
+        for agent in started:
             agent.wait(30)

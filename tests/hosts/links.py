@@ -9,11 +9,14 @@ from __future__ import annotations
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 BUCKET = "10.77.0.1"
+KINDS = ("bucket", "peer")
 MTU = 9000
 """Bytes: jumbo frames, as in cloud networks, so that headers are 1 % of what a link carries and not 5."""
 BURST = "96kb"
@@ -28,6 +31,11 @@ class Host:
 
     number: int
     pid: int
+    peer_interface = "peer"
+
+    @property
+    def name(self) -> str:
+        return f"host-{self.number}"
 
     @property
     def peer_address(self) -> str:
@@ -35,25 +43,45 @@ class Host:
 
     def command(self, *args: str) -> list[str]:
         """What runs `args` on this host."""
-        return ["nsenter", f"--target={self.pid}", "--net", *args]
+        return ["nsenter", f"--target={self.pid}", "--net", "--uts", *args]
+
+    def processes(self) -> list[psutil.Process]:
+        """All that runs on this host."""
+        own = Path(f"/proc/{self.pid}/ns/net").readlink()
+        found = []
+        for process in psutil.process_iter():
+            with suppress(OSError):  # it has just ended
+                if process.pid != self.pid and Path(f"/proc/{process.pid}/ns/net").readlink() == own:
+                    found.append(process)
+        return found
+
+    def pull_cables(self) -> None:
+        """From now on nothing that is sent to or from this host arrives, and nobody is told so."""
+        for kind in KINDS:
+            _ip("link", "set", f"{kind}{self.number}", "down")
+
+    def plug_cables_in(self) -> None:
+        for kind in KINDS:
+            _ip("link", "set", f"{kind}{self.number}", "up")
 
 
 @contextmanager
 def hosts(count: int, bucket_mbit: float, peer_mbit: float) -> Iterator[list[Host]]:
     """`count` hosts with links of these rates, in Mbit/s."""
     with ExitStack() as stack:
-        for bridge in ("buckets", "peers"):
+        for bridge in (f"{kind}s" for kind in KINDS):
             _ip("link", "add", bridge, "mtu", str(MTU), "type", "bridge")
             stack.callback(_ip, "link", "delete", bridge)
             _ip("link", "set", bridge, "up")
         _ip("address", "add", f"{BUCKET}/24", "dev", "buckets")
         made = []
         for number in range(count):
-            keeper = subprocess.Popen(["unshare", "--net", "sleep", "infinity"])
+            keeper = subprocess.Popen(["unshare", "--net", "--uts", "sleep", "infinity"])
             stack.callback(keeper.wait)
             stack.callback(keeper.kill)
             host = Host(number, keeper.pid)
             _await_namespace(host)
+            _run(host.command("hostname", host.name))
             _run(host.command("ip", "link", "set", "lo", "up"))
             _join(host, "bucket", f"10.77.0.{10 + number}", bucket_mbit)
             _join(host, "peer", host.peer_address, peer_mbit)

@@ -1,0 +1,189 @@
+"""Several hosts: network namespaces, each with a torchrun of its own, and the bucket outside them.
+
+One is lost in the middle of a load: ended, or cut off, so that its ranks live on and nothing that is sent arrives.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import s3fs
+import torch
+import torch.distributed.checkpoint as dcp
+
+from tests.checkpoints import random_checkpoint, same_bits
+from tests.hosts.links import BUCKET, Host, hosts
+from tests.hosts.sealed import call_sealed, why_not
+from tests.misbehaving import Misbehaving, stall
+from tests.processes import seconds_to_end
+from tests.proxy import CountingProxy
+from tests.servers import S3Server, s3_server
+from tests.torchrun import Finished, agents, exit_codes, logs_of, torchrun
+
+HOSTS, EACH = 2, 2
+STAYS, LOST = range(2), range(2, 4)
+"""Ranks of the first host, which has the rendezvous and the store, and of the second."""
+LINK = 1000
+"""Mbit/s: what binds is no matter here."""
+TENSORS = {f"layers.{n}.weight": (torch.bfloat16, (2048, 512)) for n in range(4)}  # 8 MB
+UNANSWERED = "rank 2 (host host-1) does not answer any more"
+NO_STORE = "the store that ranks talk through is gone"
+
+pytestmark = pytest.mark.timeout(600)  # three starts of torchrun on each host, one after the other
+
+
+def end(host: Host) -> None:
+    for process in host.processes():
+        process.kill()
+
+
+LOSSES: dict[str, Callable[[Host], None]] = {"ended": end, "cut off": Host.pull_cables}
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What came of a job that lost its second host: by rank, the seconds to its end and the last that it said, as JSON
+    has it; the exit codes that torchrun tells on the host that stays; what lies at the output."""
+
+    seconds: dict[int, float]
+    told: dict[int, dict[str, Any]]
+    codes: dict[int, int]
+    left: list[str]
+
+
+class Job:
+    """A load on `machines` from the bucket and into it, through a proxy that is outside them."""
+
+    def __init__(self, machines: Sequence[Host], server: S3Server, proxy: CountingProxy, scratch: Path) -> None:
+        self._machines = machines
+        self._proxy = proxy
+        self._scratch = scratch
+        self._fs = s3fs.S3FileSystem(**server.storage_options, use_listings_cache=False)
+        self._tensors = random_checkpoint(scratch / "source", TENSORS)
+        self._uri, self._out = server.put(scratch / "source"), server.prefix()
+        config = scratch / "cfg.yaml"
+        sections = {
+            "source": {"uri": self._uri}, "model": {"builder": None}, "report": None,
+            "placements": [{"match": "*", "shard": {"dp_shard": 1}}], "output": {"checkpoint": self._out},
+            "read": {"range_size": "128KiB", "memory_budget": "64MiB"},
+        }  # fmt: skip
+        config.write_text(json.dumps(sections))
+        self._command = ["-m", "loader.init_from_hf", "--config", str(config), "--log-format=json"]
+        self._env = server.at(proxy.url).environment
+
+    def lose(self, how: Callable[[Host], None]) -> Loss:
+        """Start it, and lose the second host when the bucket holds replies back."""
+        folder = Path(tempfile.mkdtemp(dir=self._scratch))
+        with (
+            self._held_back() as replies,
+            agents(self._machines, EACH, self._command, folder, env=self._env) as started,
+        ):
+            while not replies.failed:
+                assert all(agent.poll() is None for agent in started), _said(folder)
+                time.sleep(0.1)
+            ranks = {int(p.environ()["RANK"]): p for agent in started for p in psutil.Process(agent.pid).children()}
+            since = time.monotonic()
+            how(self._machines[1])
+            seconds = dict(zip(ranks, seconds_to_end(ranks.values(), since), strict=True))
+            started[0].wait(60)  # the other one, cut off, would wait a minute for the rendezvous
+        return Loss(seconds, _told(folder), exit_codes(logs_of(folder, 0)[1].read_text()), self._left())
+
+    def run(self) -> Finished:
+        """Start it, and wait for its end."""
+        self._proxy.reset()
+        return torchrun(EACH, self._command, hosts=self._machines, env=self._env)
+
+    def differing(self) -> list[str]:
+        """Which tensors of the checkpoint that it made are not the source's, bit for bit."""
+        self._fs.get(self._out, str(self._scratch / "made"), recursive=True)
+        found = {fqn: torch.zeros_like(tensor) for fqn, tensor in self._tensors.items()}
+        dcp.load(found, storage_reader=dcp.FileSystemReader(self._scratch / "made"), no_dist=True)
+        return [fqn for fqn, tensor in self._tensors.items() if not same_bits(found[fqn], tensor)]
+
+    @contextmanager
+    def _held_back(self) -> Iterator[Misbehaving]:
+        """From the fourth range of weights on, replies stop within their bodies."""
+        replies = Misbehaving({self._uri.rsplit("/", 1)[1]: lambda get: stall(get) if get.number >= 3 else None})
+        self._proxy.on_request(replies)
+        try:
+            yield replies
+        finally:
+            replies.stop.set()
+
+    def _left(self) -> list[str]:
+        """The names of the objects at the output. (SeaweedFS lists the emptied directory itself.)"""
+        return [name for path in self._fs.ls(self._out, detail=False) if (name := path.rpartition("/")[2])]
+
+
+def _told(folder: Path) -> dict[int, dict[str, Any]]:
+    said = [line for number in range(HOSTS) for line in logs_of(folder, number)[1].read_text().splitlines()]
+    lines = [json.loads(line) for line in said if line.startswith('{"time"')]
+    return {line["rank"]: line for line in lines if line["level"] == "error"}
+
+
+def _said(folder: Path) -> str:
+    return "\n".join(path.read_text()[-4000:] for path in sorted(folder.iterdir()))
+
+
+def lose_and_start_again() -> tuple[dict[str, Loss], Finished, list[str]]:
+    """One loss after the other, each of a job that begins where the last one ended, and then one without."""
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        hosts(HOSTS, LINK, LINK) as machines,
+        s3_server() as server,
+        CountingProxy(server.endpoint, address=BUCKET) as proxy,
+    ):
+        job = Job(machines, server, proxy, Path(scratch))
+        losses = {}
+        for name, how in LOSSES.items():
+            losses[name] = job.lose(how)
+            machines[1].plug_cables_in()
+        finished = job.run()
+        return losses, finished, [] if finished.returncode else job.differing()
+
+
+@pytest.fixture(scope="module")
+def outcome() -> tuple[dict[str, Loss], Finished, list[str]]:
+    if reason := why_not():
+        pytest.skip(f"no hosts can be made here: {reason}")
+    return call_sealed(lose_and_start_again)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_ranks_that_stay_end_within_10_s_and_name_who_is_lost(outcome, name):
+    loss = outcome[0][name]
+    assert max(loss.seconds[rank] for rank in STAYS) < 10, loss
+    for rank in STAYS:
+        told = loss.told[rank]
+        assert (told["error"], told["exit_code"], told["first_rank"]) == ("LostRankError", 1, 2)
+        assert UNANSWERED in told["message"]
+    assert loss.codes == dict.fromkeys(STAYS, 1)
+
+
+def test_ranks_that_are_cut_off_end_as_soon(outcome):
+    loss = outcome[0]["cut off"]
+    assert max(loss.seconds[rank] for rank in LOST) < 10, loss
+    for rank in LOST:
+        told = loss.told[rank]
+        assert (told["error"], told["exit_code"]) == ("LostRankError", 1)
+        assert NO_STORE in told["message"]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_nothing_is_left_that_could_pass_for_a_checkpoint(outcome, name):
+    assert set(outcome[0][name].left) <= {".incomplete", "config.json"}
+
+
+def test_started_again_it_loads_every_bit(outcome):
+    _, finished, differing = outcome
+    assert finished.returncode == 0, finished.stderr
+    assert differing == []
