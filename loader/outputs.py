@@ -23,7 +23,7 @@ from loader.stream.planning import alike_on_all_ranks, pack, unpack
 from loader.uri import public_uri
 
 REMOVAL, REMOVAL_AFTER_A_LOSS = 4.0, 1.0
-"""Seconds for removing what a run that fails has begun: all ranks are to end within 10, and a lost one was missed for 7.
+"""Seconds to remove what a run that fails has begun: all ranks are to end within 10, and a lost one was missed for 7.
 A bucket that is out of reach would take minutes; what is left there is incomplete, and the next run reclaims it."""
 
 
