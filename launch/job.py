@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -41,7 +42,8 @@ class Pod:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """`ranks` and `gpus` are those of one node; `overrides` and `train` are words; `config` is the YAML's text."""
+    """`ranks` and `gpus` are those of one node; `overrides` and `train` are words; `config` is the YAML's text;
+    `in_memory` is the directory in the nodes' memory that `train` takes its shards from, if it is one."""
 
     name: str
     nodes: int
@@ -50,6 +52,7 @@ class Job:
     config: str
     overrides: Sequence[str]
     train: Sequence[str]
+    in_memory: str | None
     pod: Pod | None
 
 
@@ -72,6 +75,7 @@ def job_of(given: argparse.Namespace) -> Job:
         config=text.rstrip() + "\n",
         overrides=given.overrides,
         train=train,
+        in_memory=config.output.local if train and _in_memory(config.output.local) else None,
         pod=_pod_of(given) if given.form == "kubernetes" else None,
     )
 
@@ -158,11 +162,15 @@ def _check_seen_by_pods(config: Config) -> None:
             f"output.checkpoint: {checkpoint} would be in the file system of one container, and no other sees that: "
             "name a bucket"
         )
-    if local is not None and Path(SHARED) not in Path(local).parents:
+    if local is not None and not _in_memory(local):
         raise ConfigError(
             f"output.local: {local} would be in the file system of one container, and no other sees that: "
             f"name a directory in {SHARED}, which they share"
         )
+
+
+def _in_memory(directory: str | None) -> bool:
+    return directory is not None and Path(SHARED) in Path(os.path.normpath(directory)).parents
 
 
 def _check_no_secret(config: Config, texts: Sequence[str]) -> None:

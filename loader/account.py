@@ -50,6 +50,7 @@ def _of_this_rank(job: Job, loaded: Loaded) -> reports.RankReport:
         hedged_bytes=tally.hedged_bytes,
         throttled=tally.throttled,
         get_seconds=seconds["GET"],
+        loop_seconds=loaded.loop_seconds,
         threads=torch.get_num_threads(),
         exchanged_bytes=loaded.exchanged_bytes,
         shard_bytes=loaded.shard_bytes,

@@ -16,7 +16,7 @@ from loader.exchange.control import Control
 from loader.place.layout import layout_of, with_local
 from loader.place.materialise import materialise
 from loader.place.targets import Held, held_in, target_of, tensors_of_module
-from loader.sinks.local import remove as remove_shards
+from loader.sinks.directory import remove as remove_shards
 from loader.sinks.manifest import AGAIN, Manifest, Shard, data_path, read_manifest
 from loader.stream.planning import alike_on_all_ranks
 from loader.stream.verify import agree_on_fingerprint

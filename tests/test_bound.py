@@ -1,4 +1,6 @@
-"""What bound the load: each resource is throttled in turn, by far, and the report names it and what would help."""
+"""What bound the load: each resource is throttled in turn, by far, and the report names it and what would help.
+
+The link between hosts, as the exchange's, is in `test_hosts.py`. A device's copy engine is on no CPU."""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import fsspec.asyn
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,6 +18,7 @@ import torch.distributed as dist
 import loader
 from loader.exchange.gloo import GlooTransport, GlooWork
 from loader.init_from_hf import main
+from loader.stream.pipeline import Pipeline
 from tests.checkpoints import random_checkpoint
 from tests.misbehaving import Misbehaving, first, status
 from tests.proxy import CountingProxy, Forward, Reply, Request
@@ -82,6 +86,35 @@ def slow_exchange() -> None:
     GlooTransport.receive = slowly  # type: ignore[method-assign]
 
 
+def busy_event_loop() -> None:
+    """From the first round on, fsspec's event loop computes for 0.1 s between any two looks at what has arrived."""
+
+    def compute() -> None:
+        until = time.thread_time() + 0.1
+        while time.thread_time() < until:
+            pass
+        loop.call_soon(compute)
+
+    def run_beside(self: Pipeline) -> None:
+        loop.call_soon_threadsafe(compute)
+        run(self)
+
+    loop, run = fsspec.asyn.get_loop(), Pipeline.run
+    Pipeline.run = run_beside  # type: ignore[method-assign]
+
+
+class Far(torch.Tensor):
+    """Memory behind a slow link."""
+
+    link = Link()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.copy_:
+            time.sleep(max(0.0, cls.link.until(args[1].nbytes) - time.monotonic()))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
 def laborious(checkpoint: Mapping[str, torch.Tensor], _: Any) -> Iterator[tuple[str, torch.Tensor]]:
     for name, tensor in checkpoint.items():
         made = tensor.double()
@@ -90,10 +123,14 @@ def laborious(checkpoint: Mapping[str, torch.Tensor], _: Any) -> Iterator[tuple[
         yield name, made
 
 
+THROTTLES = {"exchange": slow_exchange, "loop": busy_event_loop}
+
+
 def _load(uri: str, options: Sequence[Mapping[str, Any]], throttle: str = "", **read: Any) -> tuple[str, str, dict]:
-    if throttle == "exchange":
-        slow_exchange()
-    target = {key: torch.zeros(shape, dtype=dtype) for key, (dtype, shape) in TENSORS.items()}
+    if throttle in THROTTLES:
+        THROTTLES[throttle]()
+    kind = Far if throttle == "write" else torch.Tensor
+    target = {key: torch.zeros(shape, dtype=dtype).as_subclass(kind) for key, (dtype, shape) in TENSORS.items()}
     convert = laborious if throttle == "convert" else None
     read = {"range_size": "64KiB", "memory_budget": "64MiB", **read}
     report = loader.load(target, uri, storage_options=options[dist.get_rank()], convert=convert, **read)
@@ -176,6 +213,19 @@ def test_the_conversion(uri, options):
     bound, advice, seconds = load(uri, options, throttle="convert")
     assert (bound, advice.split(":")[0]) == ("convert", "OMP_NUM_THREADS")
     assert seconds["convert"] > 4 * seconds["write"]
+
+
+def test_the_memory_of_the_shards(uri, options):
+    bound, advice, seconds = load(uri, options, throttle="write")
+    assert (bound, advice.split(":")[0]) == ("write", "OMP_NUM_THREADS")
+    assert seconds["write"] >= NEEDED / SLOW
+
+
+def test_the_event_loop_of_the_storage_client(uri, options):
+    bound, advice, _ = load(uri, options, throttle="loop", backend="fsspec")
+    assert (bound, advice.split(":")[0]) == ("bucket", "read.range_size")
+    assert "event loop was busy" in advice
+    assert "read.backend: direct" in advice
 
 
 def test_the_catalog(uri, bucket, options):

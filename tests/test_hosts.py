@@ -27,13 +27,13 @@ from tests.misbehaving import Misbehaving, stall
 from tests.processes import seconds_to_end
 from tests.proxy import CountingProxy
 from tests.servers import S3Server, s3_server
-from tests.torchrun import Finished, agents, exit_codes, logs_of, torchrun
+from tests.torchrun import agents, exit_codes, logs_of, torchrun
 
 HOSTS, EACH = 2, 2
 STAYS, LOST = range(2), range(2, 4)
 """Ranks of the first host, which has the rendezvous and the store, and of the second."""
-LINK = 1000
-"""Mbit/s: what binds is no matter here."""
+LINK, SLOW = 1000, 4
+"""Mbit/s of a host's link: as good as none at all, and so that what each host sends the other, 2 MB, takes 4 s."""
 TENSORS = {f"layers.{n}.weight": (torch.bfloat16, (2048, 512)) for n in range(4)}  # 8 MB
 UNANSWERED = "rank 2 (host host-1) does not answer any more"
 NO_STORE = "the store that ranks talk through is gone"
@@ -72,7 +72,7 @@ class Job:
         self._uri, self._out = server.put(scratch / "source"), server.prefix()
         config = scratch / "cfg.yaml"
         sections = {
-            "source": {"uri": self._uri}, "model": {"builder": None}, "report": None,
+            "source": {"uri": self._uri}, "model": {"builder": None}, "report": str(scratch / "report.json"),
             "placements": [{"match": "*", "shard": {"dp_shard": 1}}], "output": {"checkpoint": self._out},
             "read": {"range_size": "128KiB", "memory_budget": "64MiB"},
         }  # fmt: skip
@@ -97,13 +97,14 @@ class Job:
             started[0].wait(60)  # the other one, cut off, would wait a minute for the rendezvous
         return Loss(seconds, _told(folder), exit_codes(logs_of(folder, 0)[1].read_text()), self._left())
 
-    def run(self) -> Finished:
-        """Start it, and wait for its end."""
+    def run(self) -> tuple[dict[str, Any], list[str]]:
+        """Start it, and wait for its end: its report, and which tensors of the checkpoint are not the source's."""
         self._proxy.reset()
-        return torchrun(EACH, self._command, hosts=self._machines, env=self._env)
+        finished = torchrun(EACH, self._command, hosts=self._machines, env=self._env)
+        assert finished.returncode == 0, finished.stderr
+        return json.loads((self._scratch / "report.json").read_text()), self._differing()
 
-    def differing(self) -> list[str]:
-        """Which tensors of the checkpoint that it made are not the source's, bit for bit."""
+    def _differing(self) -> list[str]:
         self._fs.get(self._out, str(self._scratch / "made"), recursive=True)
         found = {fqn: torch.zeros_like(tensor) for fqn, tensor in self._tensors.items()}
         dcp.load(found, storage_reader=dcp.FileSystemReader(self._scratch / "made"), no_dist=True)
@@ -134,8 +135,11 @@ def _said(folder: Path) -> str:
     return "\n".join(path.read_text()[-4000:] for path in sorted(folder.iterdir()))
 
 
-def lose_and_start_again() -> tuple[dict[str, Loss], Finished, list[str]]:
-    """One loss after the other, each of a job that begins where the last one ended, and then one without."""
+Outcome = tuple[dict[str, Loss], dict[str, Any], list[str]]
+
+
+def lose_and_start_again() -> Outcome:
+    """One loss after the other, each of a job that begins where the last one ended, and then none, on slow links."""
     with (
         tempfile.TemporaryDirectory() as scratch,
         hosts(HOSTS, LINK, LINK) as machines,
@@ -147,12 +151,13 @@ def lose_and_start_again() -> tuple[dict[str, Loss], Finished, list[str]]:
         for name, how in LOSSES.items():
             losses[name] = job.lose(how)
             machines[1].plug_cables_in()
-        finished = job.run()
-        return losses, finished, [] if finished.returncode else job.differing()
+        for host in machines:
+            host.set_rate("peer", SLOW)
+        return losses, *job.run()
 
 
 @pytest.fixture(scope="module")
-def outcome() -> tuple[dict[str, Loss], Finished, list[str]]:
+def outcome() -> Outcome:
     if reason := why_not():
         pytest.skip(f"no hosts can be made here: {reason}")
     return call_sealed(lose_and_start_again)
@@ -184,6 +189,13 @@ def test_nothing_is_left_that_could_pass_for_a_checkpoint(outcome, name):
 
 
 def test_started_again_it_loads_every_bit(outcome):
-    _, finished, differing = outcome
-    assert finished.returncode == 0, finished.stderr
+    _, report, differing = outcome
+    assert report["world_size"] == HOSTS * EACH
     assert differing == []
+
+
+def test_a_slow_link_between_the_hosts_is_what_bounds_it(outcome):
+    _, report, _ = outcome
+    assert (report["bound_by"], report["advice"].split(":")[0]) == ("exchange", "read.share")
+    assert "node keeps the exchange within each host" in report["advice"]
+    assert {rank["host"] for rank in report["ranks"]} == {"host-0", "host-1"}

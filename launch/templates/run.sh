@@ -19,6 +19,12 @@ step() {
 }
 
 step torchrun -m loader.init_from_hf --config {{ [config_path] | shell }}{{ " " if overrides }}{{ overrides | shell }}
+{% if in_memory %}
+
+# What the training command did not take over would stay in memory.
+clean() { python -m loader.leftovers {{ [in_memory] | shell }} || true; }
+trap clean EXIT
+{% endif %}
 {% if train %}
 step {{ train | shell }}
 {% endif %}

@@ -85,6 +85,16 @@ def _for_the_bucket(ranks: Sequence[RankReport], reading: Reading) -> str:
     if reading.share != "world" and (reading.egress_ratio or 0) > 1.1:
         return f"read.share: world reads each byte once; it was {reading.egress_ratio:.1f} times"
     slowest = max(ranks, key=lambda each: each.seconds.read)
+    if slowest.loop_seconds > 0.8 * slowest.seconds.read:
+        return (
+            f"read.range_size: the storage client's one event loop was busy for {slowest.loop_seconds:.1f} s; larger "
+            "ranges are fewer requests to it. read.backend: direct, where the scheme has it, needs none"
+        )
+    return _for_the_link(slowest, reading)
+
+
+def _for_the_link(slowest: RankReport, reading: Reading) -> str:
+    """Where neither bucket nor client holds the ranges back: what keeps the link from being full, if it is not."""
     in_flight = slowest.get_seconds / slowest.seconds.read if slowest.seconds.read else 0.0
     if in_flight < reading.concurrency / 2:
         few = f"{in_flight:.0f} of {reading.concurrency} ranges were in flight"

@@ -8,8 +8,9 @@ URL's options come from the environment.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from fsspec.core import url_to_fs
@@ -95,6 +96,18 @@ def discard(url: str, kind: Kind = CHECKPOINT) -> None:
             with suppress(FileNotFoundError):
                 if not fs.ls(root):
                     fs.rmdir(root)
+
+
+def remove(directory: str, agree: Callable[[], None] = lambda: None) -> None:
+    """Remove the shards of the local `directory` with what belongs to them. Where several ranks call it, `agree` waits
+    for all of them. Others' files stay. Raises SinkError.
+    """
+    try:
+        Path(directory, MARKER).touch()  # so that what is left, should this fail, is known for ours
+    except OSError as error:
+        raise SinkError(f"{directory} cannot be removed: {type(error).__name__}: {error}") from error
+    agree()
+    discard(directory, SHARDS)
 
 
 def make(fs: Any, root: str) -> None:

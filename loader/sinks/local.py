@@ -15,7 +15,6 @@ from torch import Tensor
 
 from loader.errors import ConfigError, SinkError
 from loader.plan.geometry import portions, whole
-from loader.sinks import directory as directories
 from loader.sinks.manifest import VERSION, Complete, Manifest, Shard, complete_path, data_path, manifest_path
 
 ALIGNMENT = 64
@@ -95,19 +94,6 @@ def finish(directory: str, run: str, *, rank: int, world_size: int) -> None:
         unfinished.replace(path)
     except OSError as error:
         raise SinkError(f"output.local: {path} cannot be written: {type(error).__name__}: {error}") from error
-
-
-def remove(directory: str, agree: Callable[[], None]) -> None:
-    """Remove the shards of `directory` with what belongs to them: every rank calls it. `agree` waits for all ranks.
-
-    Others' files stay. Raises SinkError.
-    """
-    try:
-        Path(directory, directories.MARKER).touch()  # so that what is left, should this fail, is known for ours
-    except OSError as error:
-        raise SinkError(f"{directory} cannot be removed: {type(error).__name__}: {error}") from error
-    agree()
-    directories.discard(directory, directories.SHARDS)
 
 
 def _write(file: BinaryIO, local: Tensor, go_on: Callable[[], None]) -> None:

@@ -26,6 +26,7 @@ from loader.plan.plan import Plan, Share
 from loader.plan.schedule import Schedule
 from loader.progress import Progress, Show
 from loader.recording import Recorder
+from loader.store.loop import loop_seconds
 from loader.store.store import Store
 from loader.store.tally import Asked
 from loader.stream.checksums import Checked, Checks
@@ -40,13 +41,14 @@ DRAIN = 8.0
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """What this rank did. `needed_bytes` is the whole job's; `checksums` are by file, None where none were asked for.
-    (The control's recorder has the seconds.)"""
+    """What this rank did. `needed_bytes` is the whole job's; `checksums` are by file, None where none were asked for;
+    for `loop_seconds` the storage client's event loop was busy. (The control's recorder has the other seconds.)"""
 
     needed_bytes: int
     exchanged_bytes: int
     shard_bytes: int
     peak_over_shards_bytes: int | None
+    loop_seconds: float
     checksums: dict[str, Checked] | None
 
 
@@ -108,8 +110,9 @@ def fill(
             concurrency=store.most_at_once,
         )
         control.todo_bytes = schedule.read_bytes
+        loop_before = loop_seconds()
         _run(pipeline, control, planned.read_bytes, show if control.rank == 0 else None)
-    checked = None
+    busy, checked = loop_seconds() - loop_before, None
     if checks is not None:
         with control.phase("checksums"):
             checked = checks.agree(control)
@@ -120,6 +123,7 @@ def fill(
         pipeline.exchanged_bytes,
         sum(shard.numel() * shard.element_size() for shard in shards),
         peak,
+        busy,
         checked,
     )
 

@@ -55,6 +55,12 @@ class Host:
                     found.append(process)
         return found
 
+    def set_rate(self, kind: str, mbit: float) -> None:
+        """From now on its link of that kind carries `mbit` Mbit/s each way."""
+        limit = ("root", "tbf", "rate", f"{mbit}mbit", "burst", BURST, "latency", QUEUE)
+        _run(["tc", "qdisc", "replace", "dev", f"{kind}{self.number}", *limit])
+        _run(self.command("tc", "qdisc", "replace", "dev", kind, *limit))
+
     def pull_cables(self) -> None:
         """From now on nothing that is sent to or from this host arrives, and nobody is told so."""
         for kind in KINDS:
@@ -83,8 +89,10 @@ def hosts(count: int, bucket_mbit: float, peer_mbit: float) -> Iterator[list[Hos
             _await_namespace(host)
             _run(host.command("hostname", host.name))
             _run(host.command("ip", "link", "set", "lo", "up"))
-            _join(host, "bucket", f"10.77.0.{10 + number}", bucket_mbit)
-            _join(host, "peer", host.peer_address, peer_mbit)
+            _join(host, "bucket", f"10.77.0.{10 + number}")
+            _join(host, "peer", host.peer_address)
+            host.set_rate("bucket", bucket_mbit)
+            host.set_rate("peer", peer_mbit)
             made.append(host)
         yield made
 
@@ -95,16 +103,13 @@ def _await_namespace(host: Host) -> None:
         time.sleep(0.005)
 
 
-def _join(host: Host, kind: str, address: str, mbit: float) -> None:
+def _join(host: Host, kind: str, address: str) -> None:
     """Lay a cable from the host's interface `kind` to the bridge of that kind; with its end it goes."""
     port, frames = f"{kind}{host.number}", ("mtu", str(MTU))
     _ip("link", "add", port, *frames, "type", "veth", "peer", "name", kind, *frames, "netns", str(host.pid))
     _ip("link", "set", port, "master", f"{kind}s", "up")
     _run(host.command("ip", "address", "add", f"{address}/24", "dev", kind))
     _run(host.command("ip", "link", "set", kind, "up"))
-    limit = ("root", "tbf", "rate", f"{mbit}mbit", "burst", BURST, "latency", QUEUE)
-    _run(["tc", "qdisc", "add", "dev", port, *limit])
-    _run(host.command("tc", "qdisc", "add", "dev", kind, *limit))
 
 
 def _ip(*args: str) -> None:

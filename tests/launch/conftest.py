@@ -1,7 +1,9 @@
 """A checkpoint, a config, and the files that are made of it with the command as people run it."""
 
 import os
+import shutil
 import sys
+import uuid
 from pathlib import Path
 
 import pytest
@@ -77,6 +79,22 @@ def train(tmp_path, checkpoint):
     script, dcp = Path(__file__).with_name("train.py"), tmp_path / "dcp"
     command = " ".join(map(str, ["torchrun", script, dcp, checkpoint, tmp_path]))
     return lambda uri: ["--train", command, f"source.uri={uri}", f"output.checkpoint={dcp}"]
+
+
+@pytest.fixture
+def in_memory():
+    """A directory in memory that is not there, nor afterwards."""
+    directory = Path("/dev/shm", f"launch-{uuid.uuid4().hex}")
+    yield directory
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def die(tmp_path, in_memory):
+    """`die(uri)`: arguments for a load into memory, and a command after it that lists it and ends with 7."""
+    script = tmp_path / "die.sh"
+    script.write_text(f"ls {in_memory} > {tmp_path}/listed\nexit 7\n")
+    return lambda uri: ["--train", f"bash {script}", f"source.uri={uri}", f"output.local={in_memory}"]
 
 
 @pytest.fixture

@@ -6,10 +6,7 @@ a kubelet would do with the pods' commands and environment is done here by hand.
 """
 
 import copy
-import shutil
 import subprocess
-import uuid
-from pathlib import Path
 
 import kubernetes_validate
 import pytest
@@ -155,27 +152,23 @@ def environ_of(container, index):
     }
 
 
-def test_the_containers_hand_the_shards_over_rank_for_rank(manifest, checkpoint, environ, s3, tmp_path):
+def test_the_containers_hand_the_shards_over_rank_for_rank(manifest, checkpoint, environ, s3, in_memory, tmp_path):
     """Each pod's containers one after the other, as a kubelet starts them; the config where they look for it.
 
     Both pods are this machine, and share a directory, which holds a file for each rank.
     """
-    shared = Path("/dev/shm", f"launch-{uuid.uuid4().hex}")
     config, jobset = manifest(
         *("--config", str(ROOT / "configs/llama-local.yaml"), "--nodes=2", "--ranks-per-node=2"),
-        *(f"source.uri={s3.put(checkpoint)}", f"output.local={shared}", "read.memory_budget=64MiB"),
-        *("--train", f"torchrun {ROOT}/configs/train_local.py {shared}"),
+        *(f"source.uri={s3.put(checkpoint)}", f"output.local={in_memory}", "read.memory_budget=64MiB"),
+        *("--train", f"torchrun {ROOT}/configs/train_local.py {in_memory}"),
     )
     (tmp_path / "cfg.yaml").write_text(config["data"]["cfg.yaml"])
     pod = pod_of(jobset)
-    try:
-        for container in [*pod["initContainers"], *pod["containers"]]:
-            start_and_wait(container, tmp_path, environ)
-            told = (tmp_path / f"{container['name']}-0").read_text()
-        assert "step 2 loss" in told  # after it had compared the fingerprint
-        assert not shared.exists()
-    finally:
-        shutil.rmtree(shared, ignore_errors=True)
+    for container in [*pod["initContainers"], *pod["containers"]]:
+        start_and_wait(container, tmp_path, environ)
+        told = (tmp_path / f"{container['name']}-0").read_text()
+    assert "step 2 loss" in told  # after it had compared the fingerprint
+    assert not in_memory.exists()
 
 
 def start_and_wait(container, directory, environ):

@@ -38,6 +38,13 @@ def test_after_an_init_step_that_failed_no_training_starts(start, s3, make, trai
     assert not (tmp_path / "started").exists()
 
 
+def test_shards_that_no_trainer_took_over_do_not_stay_in_memory(start, checkpoint, s3, make, die, in_memory, tmp_path):
+    script, _ = make("laptop", "--ranks-per-node=1", *die(s3.put(checkpoint)))
+    assert start(script).wait(100) == 7, (tmp_path / "log").read_text()
+    assert "complete.json" in (tmp_path / "listed").read_text()
+    assert not in_memory.exists()
+
+
 def test_sigterm_is_passed_on_and_the_end_waited_for(start, checkpoint, s3, make, tmp_path):
     entrypoint = "output.entrypoint=tests.launch.entrypoints:until_sigterm"
     script, _ = make("laptop", "--ranks-per-node=2", f"source.uri={s3.put(checkpoint)}", entrypoint)

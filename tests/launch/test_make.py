@@ -15,7 +15,15 @@ from loader.errors import ConfigError
 from tests.processes import ROOT
 
 JOB = Job(
-    name="train", nodes=2, ranks=8, gpus=8, config="source: {uri: s3://a}\n", overrides=[], train=["torchrun"], pod=None
+    name="train",
+    nodes=2,
+    ranks=8,
+    gpus=8,
+    config="source: {uri: s3://a}\n",
+    overrides=[],
+    train=["torchrun"],
+    in_memory=None,
+    pod=None,
 )
 OVERRIDES = ["source.uri=s3://models/llama", "output.checkpoint=s3://models/llama-dcp"]
 ONE = ["--ranks-per-node=1", *OVERRIDES]
@@ -80,14 +88,30 @@ def test_a_config_goes_along_as_it_is(make, config):
     assert make("laptop", *ONE)[1].read_text() == config.read_text()
 
 
-@pytest.mark.parametrize(("train", "entrypoint"), [("torchrun 'a train.py' --steps 10", None), (None, "train:main")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--train=torchrun 'a train.py' --steps 10"],
+        ["--train=torchrun train.py", "output.local=/dev/shm/it's here"],
+        ["output.entrypoint=train:main"],
+    ],
+)
 @pytest.mark.parametrize("form", ["laptop", "slurm"])
-def test_shellcheck_has_nothing_to_say(form, train, entrypoint, make):
-    arguments = ["--train", train] if train else [f"output.entrypoint={entrypoint}"]
+def test_shellcheck_has_nothing_to_say(form, arguments, make):
     script, _ = make(form, *ONE, *arguments)
     shellcheck = Path(sysconfig.get_path("scripts"), "shellcheck")
     ended = subprocess.run([shellcheck, "--shell=bash", script], check=False, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("directory", "removed"),
+    [("/dev/shm/init", True), ("/dev/shm", False), ("/dev/shm/../../data", False), ("/data/init", False)],
+)
+@pytest.mark.parametrize("form", ["laptop", "slurm"])
+def test_shards_in_memory_do_not_outlive_the_job(form, directory, removed, make):
+    script, _ = make(form, *ONE, "--train=torchrun train.py", f"output.local={directory}")
+    assert (f"python -m loader.leftovers {directory} " in script.read_text()) == removed
 
 
 def test_words_stay_words():

@@ -35,6 +35,16 @@ def test_after_an_init_step_that_failed_no_training_starts(cluster, s3, environ,
     assert not (tmp_path / "started").exists()
 
 
+def test_shards_that_no_trainer_took_over_do_not_stay_in_memory(
+    cluster, checkpoint, s3, environ, make, die, in_memory, tmp_path
+):
+    script, _ = make("slurm", "--nodes=2", "--ranks-per-node=1", "--gpus-per-node=0", *die(s3.put(checkpoint)))
+    code = cluster.code(cluster.submit(script, cwd=tmp_path, env=environ))
+    assert code == 7, (tmp_path / "job.log").read_text()
+    assert "complete.json" in (tmp_path / "listed").read_text()
+    assert not in_memory.exists()
+
+
 def test_after_sigterm_every_rank_has_time(cluster, checkpoint, s3, environ, make, tmp_path):
     """As `--signal` has Slurm send it before the time is up: to the ranks, of which one node's end first."""
     entrypoint = "output.entrypoint=tests.launch.entrypoints:until_sigterm"
