@@ -24,6 +24,7 @@ from loader.report import Report
 from loader.stream.buffers import own_memory
 from loader.stream.demand import check_unused
 from loader.stream.verify import agree_on_fingerprint
+from loader.timeline import traced
 
 
 def load(
@@ -36,6 +37,7 @@ def load(
     strip_prefix: str = "",
     verify: Literal["fingerprint", "checksum"] | None = None,
     expect: str | None = None,
+    trace: str | None = None,
     **read: Any,
 ) -> Report:
     """Fill a module's parameters and persistent buffers, or a flat state dict's tensors, from a checkpoint.
@@ -55,6 +57,8 @@ def load(
     `expect` is a FingerprintError. `verify="checksum"` holds what was read against what the bucket, or a `.bin`'s own
     directory, says of it: CorruptionError where it differs, ConfigError where nothing can be checked.
 
+    `trace` is where a timeline of every rank is written, a local path or any fsspec URL: SinkError where it cannot be.
+
     Collective: every rank of the default process group calls it; without a group it is one process. Raises the same
     class from `loader.errors` on every rank, and leaves the group usable, unless a rank was lost.
     """
@@ -63,9 +67,10 @@ def load(
             conversion = conversion_of(convert)
             reading = Read(**read)
             proof = Proof(verify=verify, expect=expect)
-        job = Job(uri, dict(storage_options or {}), reading, control, checksums=proof.verify == "checksum")
-        job.trace(conversion, ignore, strip_prefix, held=_dtypes(target))
-        return report_on(job, job.load(target, proof=proof), _mesh_of(target))
+        with traced(control, trace):
+            job = Job(uri, dict(storage_options or {}), reading, control, checksums=proof.verify == "checksum")
+            job.trace(conversion, ignore, strip_prefix, held=_dtypes(target))
+            return report_on(job, job.load(target, proof=proof), _mesh_of(target))
 
 
 def fingerprint(target: nn.Module | Mapping[str, Tensor]) -> str:

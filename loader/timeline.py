@@ -130,15 +130,20 @@ def _named(head: Head, threads: set[str]) -> Iterator[dict[str, Any]]:
 
 
 def _slice(head: Head, event: Event, first: float) -> dict[str, Any]:
-    """In microseconds from the job's `first` second on rank 0's clock."""
+    """In microseconds from the job's `first` second on rank 0's clock.
+
+    Begin and end are rounded, and not how long it took: Perfetto leaves out a slice that overlaps the one before it, or
+    the one that it is in, by however little.
+    """
     begun = event.begun - head.offset.seconds - first
+    start, end = round(begun * 1e6, 1), round((begun + event.seconds) * 1e6, 1)
     return {
         "ph": "X",
         "pid": head.rank,
         "tid": _lane(event.thread),
         "name": event.name,
-        "ts": round(begun * 1e6, 1),
-        "dur": round(event.seconds * 1e6, 1),
+        "ts": start,
+        "dur": round(end - start, 1),
         "args": event.facts,
     }
 

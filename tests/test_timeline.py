@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+import loader
 from loader import timeline
 from loader.init_from_hf import main
 from loader.recording import Recorder, Span
@@ -162,21 +164,59 @@ def test_all_is_on_one_clock(loaded):
     assert [each["offset_seconds"] for each in trace["otherData"]["ranks"]] == [0] * RANKS
 
 
-def test_the_spans_of_a_lane_nest(loaded):
+META = {"process_name": ("name", str), "process_sort_index": ("sort_index", int)}
+META |= {"thread_name": ("name", str), "thread_sort_index": ("sort_index", int)}
+
+
+def test_every_event_has_what_the_format_asks_for(loaded):
+    """As the Trace Event Format has it, of which Perfetto reads what is used here."""
+    trace, _, _ = loaded
+    assert trace["displayTimeUnit"] in {"ms", "ns"}
+    assert trace.keys() == {"traceEvents", "displayTimeUnit", "otherData"}
+    for event in trace["traceEvents"]:
+        assert event["ph"] in {"M", "X"}
+        assert type(event["pid"]) is int
+        if event["ph"] == "M":
+            name, kind = META[event["name"]]
+            assert type(event["args"][name]) is kind
+            assert ("tid" in event) == event["name"].startswith("thread")
+            continue
+        assert event.keys() == {"ph", "pid", "tid", "name", "ts", "dur", "args"}
+        assert (type(event["tid"]), type(event["name"])) == (int, str)
+        assert min(event["ts"], event["dur"]) >= 0
+        assert all(isinstance(value, int | str) for value in event["args"].values())
+
+
+def test_no_two_spans_of_a_lane_overlap(loaded):
+    """Perfetto, to which times are whole nanoseconds, leaves out a span that ends after the one in which it begins."""
     _, spans, _ = loaded
-    by_lane = itertools.groupby(sorted(spans, key=_lane_and_time), key=lambda each: (each["pid"], each["tid"]))
+    by_lane = itertools.groupby(sorted(spans, key=_lane), key=_lane)
     for _, lane in by_lane:
-        open_until: list[float] = []
-        for each in lane:
-            while open_until and open_until[-1] <= each["ts"] + 0.2:  # of rounded microseconds
+        open_until: list[int] = []
+        for begin, end in sorted(((_ns(each["ts"]), _ns(each["ts"] + each["dur"])) for each in lane), key=_outer_first):
+            while open_until and open_until[-1] <= begin:
                 open_until.pop()
-            end = each["ts"] + each["dur"]
-            assert not open_until or end <= open_until[-1] + 0.2
+            assert not open_until or end <= open_until[-1]
             open_until.append(end)
 
 
-def _lane_and_time(event: dict[str, Any]) -> tuple[float, ...]:
-    return event["pid"], event["tid"], event["ts"], -event["dur"]
+def test_spans_that_touch_do_not_overlap_when_they_are_rounded():
+    head = timeline.Head(0, "host", 0.0, timeline.Offset(0.0, 0.0), {})
+    events = [timeline.Event(at * 1.13e-7, 1.13e-7, "read", "loader-rounds", {}) for at in range(100)]
+    slices = [timeline._slice(head, event, 0.0) for event in events]
+    assert all(_ns(one["ts"] + one["dur"]) <= _ns(after["ts"]) for one, after in itertools.pairwise(slices))
+
+
+def _lane(event: dict[str, Any]) -> tuple[int, int]:
+    return event["pid"], event["tid"]
+
+
+def _ns(microseconds: float) -> int:
+    return round(microseconds * 1000)
+
+
+def _outer_first(times: tuple[int, int]) -> tuple[int, int]:
+    return times[0], -times[1]
 
 
 def test_of_more_spans_than_are_kept_the_longest_are_there_and_the_rest_is_told(checkpoint, tmp_path):
@@ -201,6 +241,26 @@ def test_a_load_that_fails_leaves_what_was_there_until_then(s3, checkpoint, tmp_
     assert {each["args"].get("error") for each in _of(spans, "GET")} >= {None, "StoreError"}
     assert s3.storage_options["secret"] not in json.dumps(trace)
     assert not (tmp_path / "report.json").exists()
+
+
+def _load(uri: str, path: str) -> str:
+    target = {key: torch.zeros(shape, dtype=dtype) for key, (dtype, shape) in TENSORS.items()}
+    try:
+        loader.load(target, uri, trace=path, range_size="64KiB")
+    except loader.errors.LoaderError as error:
+        dist.barrier()  # the group is usable
+        return type(error).__name__
+    return "loaded"
+
+
+def test_the_library_writes_one_too(checkpoint, tmp_path):
+    assert run_ranks(RANKS, _load, str(checkpoint), str(tmp_path / "trace.json")) == ["loaded"] * RANKS
+    _, spans = _read(tmp_path)
+    assert {each["pid"] for each in _of(spans, "GET")} == set(range(RANKS))
+    assert {each["pid"] for each in _of(spans, "rounds")} == set(range(RANKS))
+    (tmp_path / "file").touch()
+    told = run_ranks(RANKS, _load, str(checkpoint), str(tmp_path / "file" / "trace.json"))
+    assert told == ["SinkError"] * RANKS
 
 
 def test_a_trace_that_cannot_be_written_ends_the_job(checkpoint, tmp_path):
