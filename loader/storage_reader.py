@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import storage
 from torch.distributed.checkpoint.metadata import (
@@ -40,9 +41,9 @@ class StorageReader(storage.StorageReader):
     Each tensor is cast to its own dtype in the state dict.
 
     With `read.share: world` each byte that DCP's plan asks for leaves the bucket once over all ranks: what several read
-    items need is read by one rank, and sent. `dcp.load` with a group that is not the default one is not supported; with
-    its `no_dist=True` give that here as well: then each process reads for itself. A shard of several boxes, which DCP
-    takes for one, is a BuilderError.
+    items need is read by one rank, and sent. What `dcp.load` is given as `process_group` or `no_dist` is to be given
+    here as well, for DCP does not tell: the ranks of that group then read together (errors tell them by their numbers
+    in it), or each process for itself. A shard of several boxes, which DCP takes for one, is a BuilderError.
 
     Errors are those of `loader.errors`, the same on every rank, wrapped in DCP's own: of the catalog in words, within
     the message of its AssertionError, of a read as they are, in `CheckpointException.failures`. DCP then meets in a
@@ -57,6 +58,7 @@ class StorageReader(storage.StorageReader):
         storage_options: Mapping[str, Any] | None = None,
         ignore: Sequence[str] = (),
         strip_prefix: str = "",
+        process_group: dist.ProcessGroup | None = None,
         no_dist: bool = False,
         **read: Any,
     ) -> None:
@@ -66,6 +68,7 @@ class StorageReader(storage.StorageReader):
         self._options = dict(storage_options or {})
         self._ignore, self._strip_prefix = ignore, strip_prefix
         self._read = Read(**read)
+        self._process_group = process_group
         self._no_dist = no_dist
         self._job: Job | None = None
 
@@ -124,7 +127,7 @@ class StorageReader(storage.StorageReader):
         return bool(str(checkpoint_id))
 
     def _control(self) -> Control:
-        return Control(None, 0, 1) if self._no_dist else Control.of_group()
+        return Control(None, 0, 1) if self._no_dist else Control.of_group(self._process_group)
 
 
 def _check_shards(state_dict: Mapping[str, Any]) -> None:

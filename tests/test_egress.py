@@ -130,9 +130,9 @@ def _load(uri: str, options: Sequence[Mapping], layout: str, keys: Sequence[str]
     sent = [0] * WORLD
     send = dist.isend
 
-    def counted(tensor: torch.Tensor, to: int, **rest: Any) -> Any:
-        sent[to] += tensor.nbytes if tensor.dtype is torch.uint8 else 0  # else it is a message's CRC
-        return send(tensor, to, **rest)
+    def counted(tensor: torch.Tensor, *, group_dst: int, **rest: Any) -> Any:
+        sent[group_dst] += tensor.nbytes if tensor.dtype is torch.uint8 else 0  # else it is a message's CRC
+        return send(tensor, group_dst=group_dst, **rest)
 
     dist.isend = counted
     sizes, placements = LAYOUTS[layout]

@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 import transformers
 from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, HuggingFaceStorageReader
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
@@ -154,6 +154,31 @@ def _load_llama(directory: str) -> list[str]:
 def test_a_tied_model_of_transformers(tmp_path):
     directory = tiny_llama(tmp_path / "llama", dtype=torch.float32, tied=True)
     assert run_ranks(WORLD, _load_llama, str(directory)) == [[]] * WORLD
+
+
+def _load_in_groups(directory: str, uri: str, options: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Two groups, of other ranks than their own numbers, of which one loads once more than the other; then all."""
+    rank, found = dist.get_rank(), []
+    groups = [dist.new_group(ranks) for ranks in ([0, 3], [1, 2])]
+    group, times = (groups[0], 1) if rank in {0, 3} else (groups[1], 2)
+    for process_group in [group] * times + [None]:
+        mesh = init_device_mesh("cpu", (WORLD,)) if process_group is None else DeviceMesh.from_group(group, "cpu")
+        whole = {key: torch.zeros(shape, dtype=dtype) for key, (dtype, shape) in TENSORS.items()}
+        dcp.load(whole, storage_reader=HuggingFaceStorageReader(directory), no_dist=True)
+        expected = {key: shard(tensor, mesh, [COLUMNS if tensor.ndim == 2 else R]) for key, tensor in whole.items()}
+        state = {key: blank(tensor) for key, tensor in expected.items()}
+        reader = loader.StorageReader(uri, process_group=process_group, storage_options=options[rank], **READ)
+        dcp.load(state, storage_reader=reader, process_group=process_group)
+        found += differences(state, expected)
+    return found
+
+
+def test_groups_that_are_not_all_ranks(bucket, directory):
+    uri, proxy, options = bucket
+    proxy.reset()
+    assert run_ranks(WORLD, _load_in_groups, str(directory), uri, options) == [[]] * WORLD
+    served_by = [served(proxy, rank) for rank in range(WORLD)]
+    assert sum(served_by) == 4 * SIZE  # each load of a group, and that of all, once
 
 
 class Copying(DefaultLoadPlanner):

@@ -202,7 +202,7 @@ def test_no_two_spans_of_a_lane_overlap(loaded):
 
 def test_spans_that_touch_do_not_overlap_when_they_are_rounded():
     head = timeline.Head(0, "host", 0.0, timeline.Offset(0.0, 0.0), {})
-    events = [timeline.Event(at * 1.13e-7, 1.13e-7, "read", "loader-rounds", {}) for at in range(100)]
+    events = [timeline.Event(at * 1.6e-7, 1.6e-7, "read", "loader-rounds", {}) for at in range(100)]
     slices = [timeline._slice(head, event, 0.0) for event in events]
     assert all(_ns(one["ts"] + one["dur"]) <= _ns(after["ts"]) for one, after in itertools.pairwise(slices))
 

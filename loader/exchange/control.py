@@ -29,7 +29,8 @@ LEAVING = 0.02
 """Seconds between looks at who is about to end, more for over 200 ranks. All are to end at once: when the first one's
 torchrun agent is gone, and hosted the rendezvous, the next agent fails for that and tells no cause."""
 
-_loads = itertools.count()
+_loads: collections.defaultdict[str, Iterator[int]] = collections.defaultdict(itertools.count)
+"""How many there were, by group."""
 
 _log = logging.getLogger(__name__)
 
@@ -41,20 +42,27 @@ class Control(Watch):
     job's error.
     """
 
-    def __init__(self, store: Store | None, rank: int, world_size: int) -> None:
+    def __init__(self, store: Store | None, rank: int, world_size: int, group: str = "") -> None:
+        """`group` is the name of a process group that is not the default one."""
         # A process alone does not count: the others would, and their next load's keys would not meet.
-        base = HashStore() if store is None else PrefixStore(f"loader/{next(_loads)}", store)
+        base = HashStore() if store is None else PrefixStore(f"loader/{group}/{next(_loads[group])}", store)
         super().__init__(base.clone(), rank, world_size)  # type: ignore[union-attr]  # the stubs lack it
+        self.base: Store = base
+        """The load's part of the store, through the connection that the trainer has."""
+        self.of_all = not group
+        """Whether these are all ranks of the default process group, or this process alone."""
         self._phases: collections.Counter[str] = collections.Counter()
         self._payloads: list[str] = []
         self.recorder = Recorder()
 
     @classmethod
-    def of_group(cls) -> Control:
-        """For the ranks of the default process group; for this process alone where there is none."""
+    def of_group(cls, group: dist.ProcessGroup | None = None) -> Control:
+        """For the ranks of a process group, None: of the default one; for this process alone where there is none."""
         if not dist.is_initialized():
             return cls(None, 0, 1)
-        return cls(dist.distributed_c10d._get_default_store(), dist.get_rank(), dist.get_world_size())  # noqa: SLF001
+        store = dist.distributed_c10d._get_default_store()  # noqa: SLF001
+        name = "" if group is None else group.group_name
+        return cls(store, dist.get_rank(group), dist.get_world_size(group), name)
 
     def __enter__(self) -> Self:
         self.open()

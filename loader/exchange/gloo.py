@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import Store  # type: ignore[attr-defined]  # the stubs hide it
 
 from loader.crc import crc
 from loader.exchange.transport import Batch, Work, connected, corrupted
@@ -39,14 +41,18 @@ class GlooWork:
 
 
 class GlooTransport:
-    """A gloo group of the loader's own, beside the trainer's. What is sent and received is under way at once."""
+    """A gloo group of the loader's own, beside the trainer's. What is sent and received is under way at once.
+
+    It is not made with `new_group`: of some of the ranks that finds, the second time, what the first one left in the
+    store.
+    """
 
     on_device = False
 
-    def __init__(self, timeout: float) -> None:
-        """`timeout` (seconds) bounds a single transfer: longer than the load may take, since a wait that times out
-        leaves gloo's connections unusable."""
-        self._group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+    def __init__(self, store: Store, rank: int, world_size: int, timeout: float) -> None:
+        """`store` is the load's own. `timeout` (seconds) bounds a single transfer: longer than the load may take, since
+        a wait that times out leaves gloo's connections unusable."""
+        self._group: Any = dist.ProcessGroupGloo(store, rank, world_size, timedelta(seconds=timeout))
 
     def batch(self) -> Batch:
         return self
@@ -59,13 +65,15 @@ class GlooTransport:
         works = []
         for to in ranks:
             with connected(to):
-                works.append(GlooWork([dist.isend(each, to, group=self._group) for each in (view, check)], to, check))
+                sent = [dist.isend(each, group=self._group, group_dst=to) for each in (view, check)]
+            works.append(GlooWork(sent, to, check))
         return works
 
     def receive(self, view: Tensor, sender: int) -> Work:
         check = torch.zeros(1, dtype=torch.int64)
         with connected(sender):
-            return GlooWork([dist.irecv(each, sender, group=self._group) for each in (view, check)], sender, check)
+            coming = [dist.irecv(each, group=self._group, group_src=sender) for each in (view, check)]
+        return GlooWork(coming, sender, check)
 
     def close(self) -> None:
-        dist.destroy_process_group(self._group)
+        self._group = None

@@ -38,6 +38,9 @@ from loader.stream.stage import cuda_device, stage_for
 DRAIN = 8.0
 """Seconds for the rounds in flight to end after an error, before the rank gives up on them: all must end within 10."""
 
+_LEFT: list[Transport] = []
+"""Whose end would wait for a lost rank."""
+
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
@@ -155,7 +158,7 @@ def _transport(control: Control, manner: Manner, device: torch.device | None) ->
     """All ranks of the job make the transport together, also those that will have nothing to send. A rank alone, or
     for itself, needs none; after a lost rank it is left as it is, for closing it would wait.
 
-    Where every rank has its shards on a CUDA `device` of its own, it is from device to device.
+    Where every rank of the default group has its shards on a CUDA `device` of its own, it is from device to device.
     """
     if control.world_size == 1 or manner.share == "none":
         yield None
@@ -163,16 +166,21 @@ def _transport(control: Control, manner: Manner, device: torch.device | None) ->
     made: list[Transport] = []
     timeout = 2 * manner.deadline
     with control.phase("connect"):
-        alone = differs_on_all_ranks(control, "device", _identity(device))
+        alone = differs_on_all_ranks(control, "device", _identity(device)) and control.of_all
 
         def make() -> None:
-            made.append(DeviceTransport(timeout, device) if device and alone else GlooTransport(timeout))
+            if device and alone:
+                made.append(DeviceTransport(timeout, device))
+            else:
+                made.append(GlooTransport(control.base, control.rank, control.world_size, timeout))
 
         _wait_for(make, control, "loader-connect")
     try:
         yield made[0]
     finally:
-        if not isinstance(control.error, LostRankError):
+        if isinstance(control.error, LostRankError):
+            _LEFT.append(made[0])
+        else:
             made[0].close()
 
 

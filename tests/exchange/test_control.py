@@ -36,7 +36,7 @@ def world(monkeypatch):
     """`world(size)`: a Control for every rank, not entered yet. With the port of a TCPStore, they meet there."""
 
     def make(size, port=None):
-        monkeypatch.setattr(control_module, "_loads", itertools.repeat(next(_worlds)))
+        monkeypatch.setattr(control_module, "_loads", {"": itertools.repeat(next(_worlds))})
         shared = HashStore()
         stores = [TCPStore("127.0.0.1", port, is_master=False) if port else shared for _ in range(size)]
         return [Control(store, rank, size) for rank, store in enumerate(stores)]

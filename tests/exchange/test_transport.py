@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 
@@ -19,9 +20,9 @@ from tests.shards import blank, shard
 
 def _messages(size: int, flipped: int | None, device: bool) -> str | None:
     """Rank 0 sends two messages to ranks 1 and 2; a bit of the second flips on its way to rank 2."""
-    transport = DeviceTransport(30, torch.device("cpu")) if device else GlooTransport(30)
+    rank, store = dist.get_rank(), PrefixStore("here", dist.distributed_c10d._get_default_store())
+    transport = DeviceTransport(30, torch.device("cpu")) if device else GlooTransport(store, rank, 3, 30)
     batch = transport.batch()
-    rank = dist.get_rank()
     sent = [torch.arange(size, dtype=torch.uint8) + number for number in range(2)]
     said = None
     if rank == 0:
