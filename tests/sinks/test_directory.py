@@ -139,6 +139,6 @@ def test_what_is_of_another_kind_is_neither_taken_nor_removed(url: str):
 def test_of_shards_nothing_is_left_but_what_is_not_ours(url: str):
     put(url, "complete.json", "complete.json.4.tmp", "rank-00000.bin", "rank-00000.json", "config.json", "notes.txt")
     assert directory.exists(url, directory.SHARDS) == "complete"
-    put(url, directory.MARKER)  # as `local.remove` does
+    put(url, directory.MARKER)  # as `directory.remove` does
     directory.discard(url, directory.SHARDS)
     assert names(url) == ["notes.txt"]
