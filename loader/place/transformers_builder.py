@@ -24,7 +24,7 @@ from transformers.utils import ContextManagers
 
 from loader.convert.named.transformers import model_class
 from loader.errors import BuilderError, ConfigError, LoaderError
-from loader.place.checkpoint_code import own_classes
+from loader.place.checkpoint_code import own_classes, refuse_kernels
 from loader.place.dtypes import DtypeRule, cast_by_rules
 from loader.place.user_code import told
 
@@ -71,6 +71,7 @@ def config_of(fields: Mapping[str, Any], code: Mapping[str, str] | None = None) 
     except Exception as error:
         reason = error.__cause__ or error  # of its own validation, which says no more than that it failed
         raise BuilderError(f"transformers could not read config.json as a {cls.__name__}: {reason}") from error
+    refuse_kernels(config)
     return config
 
 
