@@ -11,6 +11,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import transformers
 
 from loader.config import parse
 from loader.convert.conversion import visible_keys
@@ -21,6 +22,8 @@ from loader.formats.layout import assemble
 from loader.formats.safetensors import header_length, parse_header
 from loader.place.transformers_builder import config_of, model_class
 from loader.plan.catalog import Contents, File
+
+transformers.logging.set_verbosity_error()  # it warns of each
 
 PLAIN: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 16, "intermediate_size": 32,
