@@ -33,6 +33,7 @@ from tests.servers import http_server
 from tests.torchrun import Finished, torchrun
 
 RANKS = 4
+pytestmark = pytest.mark.timeout(300)
 TENSORS = {f"layers.{n}.weight": (torch.bfloat16, (2048, 1024)) for n in range(4)}  # 16 MB
 
 # In one process group: every rank raises alike, and the group works on
@@ -154,12 +155,12 @@ class Job:
             self.struck = time.monotonic()
 
         return torchrun(
-            2, ["-m", "loader.init_from_hf", "--config", self.config], nnodes=2, timeout=60, meanwhile=meanwhile
+            2, ["-m", "loader.init_from_hf", "--config", self.config], nnodes=2, timeout=120, meanwhile=meanwhile
         )
 
     def works_when_started_again(self) -> None:
         self.proxy.reset()
-        again = torchrun(2, ["-m", "loader.init_from_hf", "--config", self.config], timeout=60)
+        again = torchrun(2, ["-m", "loader.init_from_hf", "--config", self.config], timeout=120)
         assert again.returncode == 0, again.stderr
         assert (self.out / ".metadata").exists()
 
@@ -198,7 +199,7 @@ def test_a_host_that_is_lost_ends_the_other(job, host):
 
 def test_sigterm_ends_it_cleanly(job):
     finished = job.run(lambda agents: [agent.send_signal(signal.SIGTERM) for agent in agents])
-    assert time.monotonic() - job.struck < 15
+    assert time.monotonic() - job.struck < 60  # torchrun takes its time on a busy machine
     assert finished.returncode != 0
     told = _told(finished)
     assert told, finished.stderr

@@ -34,6 +34,7 @@ from tests.shards import blank, differences, shard
 from tests.torchrun import torchrun
 
 RANKS = 4
+pytestmark = pytest.mark.timeout(300)
 TENSORS = {f"layers.{n}.weight": (torch.bfloat16, (1000, 1000)) for n in range(8)}  # 16 MB, in several rounds
 READ = {"range_size": "128KiB", "memory_budget": "32MiB", "retries": 1, "timeout": "30s", "concurrency": 4}
 FILE = "model.safetensors"

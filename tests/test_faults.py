@@ -35,6 +35,7 @@ from tests.servers import http_server
 from tests.shards import blank, differences, shard
 
 RANKS = 2
+pytestmark = pytest.mark.timeout(300)  # the first cell of a back end waits for all of them
 TENSORS = {f"layers.{n}.weight": (torch.bfloat16, (256, 384)) for n in range(3)}  # 9 ranges
 READ = {"range_size": "64KiB", "memory_budget": "32MiB", "concurrency": 4, "timeout": "30s"}
 CELLS = [(backend, name) for backend in BACKENDS for name, row in ROWS.items() if row.cell(backend)]

@@ -20,6 +20,7 @@ from tests.ranks import run_ranks
 from tests.shards import blank, differences, shard
 
 RANKS = 2
+pytestmark = pytest.mark.timeout(300)
 ROWS, COLUMNS = 8192, 1536
 """Of bfloat16, 24 MiB: 192 ranges for each rank."""
 

@@ -19,6 +19,8 @@ from tests.ranks import run_ranks
 from tests.servers import http_server
 
 TENSORS = {f"layers.{n}.weight": (torch.bfloat16, (256, 384)) for n in range(3)}  # 9 ranges
+pytestmark = pytest.mark.timeout(300)
+
 ASKED = 4
 """Seconds that the server asks rank 0 to wait."""
 
