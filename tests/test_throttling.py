@@ -7,6 +7,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
