@@ -351,7 +351,7 @@ def test_with_two_agents_no_rank_stays_behind(tmp_path):
     random_checkpoint(tmp_path, {"weight": (torch.float32, (4, 1))})
     (tmp_path / "config.json").write_text("{}")
     config = _config(tmp_path, str(tmp_path), model={"builder": "tests.test_failures:die"}, placements=[])
-    finished = torchrun(2, ["-m", "loader.init_from_hf", "--config", config], nnodes=2, env={"DYING": "3"}, timeout=60)
+    finished = torchrun(2, ["-m", "loader.init_from_hf", "--config", config], nnodes=2, env={"DYING": "3"}, timeout=180)
     assert finished.returncode == 1
     assert re.search(r"rank\s*: 3 .*\n\s*exitcode\s*: -9 ", finished.stderr)
     for rank in range(3):
