@@ -11,8 +11,8 @@ import pytest
 from loader.errors import LoaderError
 from loader.exchange.watch import Watch
 
-PROMISED = 10.0
-"""Seconds."""
+SOON = 20.0
+"""Seconds: 10 are promised, the rest is a busy machine's. Every time-out that must not be waited for is longer."""
 
 
 class Ending(NamedTuple):

@@ -24,7 +24,7 @@ from loader.errors import LoaderError
 from loader.place.landing import Landings
 from loader.stream.pipeline import Pipeline
 from tests.checkpoints import random_checkpoint
-from tests.endings import PROMISED, Giving, took
+from tests.endings import SOON, Giving, took
 from tests.misbehaving import FILE, Get, Misbehaving, stall
 from tests.processes import kill_tree
 from tests.proxy import CountingProxy, Reply
@@ -116,7 +116,7 @@ def test_one_ranks_failure_is_everyones(failed, name):
     kind, message, rank, _ = told[0]
     assert (kind, rank) == (FAILURES[name][0], 1)
     assert FAILURES[name][1] in message
-    assert took(ending for *_, ending in told) < PROMISED
+    assert took(ending for *_, ending in told) < SOON
 
 
 # Under several torchruns: none of them may be left to clean up for another

@@ -27,7 +27,7 @@ from loader.errors import LoaderError
 from loader.place.landing import Landings
 from loader.store.store import Store
 from tests.checkpoints import random_checkpoint
-from tests.endings import PROMISED, Ending, Giving, took
+from tests.endings import SOON, Ending, Giving, took
 from tests.proxy import CountingProxy, Forward, Reply, Request
 from tests.ranks import Outcome, run_ranks
 from tests.shards import blank, differences, shard
@@ -224,7 +224,7 @@ def test_one_ranks_failure_is_everyones_and_soon(suffered, name):
         assert re.search(rf"s3://loader/\w+: {FILE} bytes \d+-\d+: ", message)
     if found == "PinError":
         assert len(set(re.findall(r'"[0-9a-f]{32}"', message))) == 2, message
-    assert took(ending for *_, ending in told) < PROMISED
+    assert took(ending for *_, ending in told) < SOON
 
 
 @pytest.mark.parametrize("name", MENDED)

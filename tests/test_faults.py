@@ -24,7 +24,7 @@ from loader.exchange import watch
 from loader.store.schemes.local import LocalScheme
 from loader.store.schemes.other import OtherScheme
 from tests.checkpoints import random_checkpoint
-from tests.endings import PROMISED, Giving, took
+from tests.endings import SOON, Giving, took
 from tests.faults import BACKENDS, CORRUPT, FILES, MENDED, PIN, REFUSED, REST, ROWS, STORE, UNSEEN, table
 from tests.misbehaving import FILE
 from tests.places import change_file, misbehaving_place
@@ -152,7 +152,7 @@ def test_each_cell_of_the_table(suffered, backend, name):
         assert kind == cell
         assert re.search(rf"{FILE}( bytes \d+-\d+)?: ", message), message
         assert all(words in message for words in row.says), message
-        assert took(ending for *_, ending in told) < PROMISED
+        assert took(ending for *_, ending in told) < SOON
         return
     report = told[0][0]
     assert isinstance(report, loader.Report), told
