@@ -222,7 +222,8 @@ class Job:
                 "or set model.builder and convert to null"
             )
         fields = self.source.hf_config
-        return config_of(unquantised(fields) if self._dequantizes else fields, self.source.code)
+        fields = unquantised(fields) if self._dequantizes else fields
+        return config_of(fields, self.source.code, len(self.source.catalog.keys))
 
     def declared_ties(self) -> Mapping[str, str]:
         """What the checkpoint's class and config tie: FQN to FQN."""

@@ -175,10 +175,20 @@ def test_a_builder_of_ones_own_takes_no_such_key():
 
 
 @pytest.mark.parametrize("runs", [_run_by_default, _run_trusting])
-def test_a_repositorys_kernel_that_the_config_asks_for_is_not_fetched(checkpoint, tmp_path, runs):
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (
+            {"attn_implementation": "kernels-community/x"},
+            "'kernels-community/x': code of a repository, which is not run",
+        ),
+        ({"num_hidden_layers": 2**31}, "2147483648 layers, of a checkpoint of "),
+    ],
+)
+def test_what_a_config_may_not_ask_for(checkpoint, tmp_path, runs, asked, words):
     directory = _as_llama(checkpoint, tmp_path / "llama")
-    config = json.loads((directory / "config.json").read_text()) | {"attn_implementation": "kernels-community/x"}
+    config = json.loads((directory / "config.json").read_text()) | asked
     (directory / "config.json").write_text(json.dumps(config))
     [(_, error)] = run_ranks(1, runs, str(directory), {}, str(tmp_path / "work"))
     assert isinstance(error, BuilderError)
-    assert "attention by 'kernels-community/x': code of a repository, which is not run" in str(error)
+    assert words in str(error)
