@@ -58,7 +58,7 @@ def load(directory: Path, url: str, backend: str, **env: str) -> subprocess.Comp
     config.write_text(json.dumps({**sections, "report": None}))
     return subprocess.run(
         [sys.executable, "-m", "loader.init_from_hf", "--config", config],
-        env={**os.environ, "PYTHONPATH": python_path(), **env}, cwd=ROOT, capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": python_path(), **env}, cwd=ROOT, capture_output=True, text=True, timeout=110,
         check=False,
     )  # fmt: skip
 
