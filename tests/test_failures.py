@@ -300,7 +300,8 @@ def test_a_lost_rank_ends_the_others(s3, tmp_path, name):
         env = {**env, "MASTER_PORT": str(free_ports(1)[0])}
     if how == signal.SIGSTOP:
         threading.Thread(target=_kill_later, args=(mark,), daemon=True).start()
-    outcomes = run_ranks(RANKS, _timed, config, rank, how, str(mark), env=env, init=False, outcomes=True, timeout=120)
+    arguments = (config, rank, how, str(mark))
+    outcomes = run_ranks(RANKS, _timed, *arguments, env=env, init=False, outcomes=True, timeout=120, patient=False)
     begun = float(mark.read_text().split()[0])
     for number, outcome in enumerate(outcomes):
         if number == rank:
