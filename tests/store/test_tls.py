@@ -21,6 +21,8 @@ from tests.checkpoints import random_checkpoint
 from tests.processes import ROOT, python_path
 from tests.servers import http_server
 
+pytestmark = pytest.mark.timeout(400)  # several programs start, one after another
+
 AUTHORITIES = ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE"]
 """Where the environment says whom to trust; a machine may have any of them set."""
 
