@@ -23,6 +23,7 @@ from loader.convert.vocabulary import Vocabulary
 from loader.errors import CatalogError, ConfigError
 from loader.exchange.control import Control
 from loader.exchange.node import node_name
+from loader.formats.hf_config import vocab_size
 from loader.memory import PeakMemory, anonymous_bytes
 from loader.place.initialise import initialiser
 from loader.place.targets import Target, targets_of
@@ -221,7 +222,8 @@ class Job:
                 "or set model.builder and convert to null"
             )
         fields = self.source.hf_config
-        return config_of(unquantised(fields) if self._dequantizes else fields, self.source.code)
+        fields = unquantised(fields) if self._dequantizes else fields
+        return config_of(fields, self.source.code, len(self.source.catalog.keys))
 
     def declared_ties(self) -> Mapping[str, str]:
         """What the checkpoint's class and config tie: FQN to FQN."""
@@ -231,9 +233,7 @@ class Job:
 
     def vocab_size(self) -> int | None:
         """The checkpoint's, as its config says."""
-        fields = self.source.hf_config or {}
-        found = fields.get("vocab_size") or (fields.get("text_config") or {}).get("vocab_size")
-        return found if isinstance(found, int) else None
+        return vocab_size(self.source.hf_config or {})
 
     def dtype_of(self, node: Node) -> torch.dtype:
         """An output's own dtype; of what was dequantised the config's."""

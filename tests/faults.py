@@ -106,11 +106,19 @@ ROWS = {
     "uploaded-again": Row("the same bytes are uploaded again", changes("again"), BY_CONTENT, BOTH_PINS),
 }  # fmt: skip
 
+LOST = "LostRankError"
+TERMINATED = "TerminatedError"
+ENDINGS = {
+    "lost": Row("a host is lost while it waits for the server", from_then_on(1, 0, stall), LOST, ["rank 1"]),
+    "terminated": Row("SIGTERM while it waits for the server", from_then_on(1, 0, stall), TERMINATED, ["by SIGTERM"]),
+}
+"""What befalls a rank of the command: tests/test_endings.py."""
+
 
 def table() -> str:
     """The README's."""
     lines = [f"| what the server does | {' | '.join(BACKENDS)} |", "| --- |" + " --- |" * len(BACKENDS)]
-    for row in ROWS.values():
+    for row in (*ROWS.values(), *ENDINGS.values()):
         cells = [row.cell(backend) for backend in BACKENDS]
         lines.append(f"| {row.what} | {' | '.join(cell or '' for cell in cells)} |")
     return "\n".join(lines)

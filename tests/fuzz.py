@@ -1,4 +1,4 @@
-"""Damaged and hostile headers, index files, zip directories and pickles, without end.
+"""Damaged and hostile headers, index files, configs, zip directories and pickles, without end.
 
     python tests/fuzz.py --inputs 100000 [--seed 0] [--first 0]
 
@@ -42,10 +42,11 @@ from loader.plan.catalog import Contents, File
 from loader.plan.geometry import whole
 from tests.checkpoints import same_bits
 from tests.convert.test_pull import fill
+from tests.fuzz_configs import CONFIGS, SETTINGS, check_config, check_yaml, damaged_yaml
 from tests.torch_files import catalogued, records, saved, tensors_of, zipped
 
 SECONDS = 10
-"""For one input, of a kilobyte or two. The slowest takes some milliseconds."""
+"""Of CPU time, for one input of a kilobyte or two. The slowest takes a tenth of one."""
 
 ROOM = 512 << 20
 """Address space above what the process has before the first input: what is beyond is a MemoryError."""
@@ -85,6 +86,8 @@ def _seeds() -> dict[str, list[bytes]]:
                 {"metadata": {"total_size": 9}, "weight_map": {"a": "model-1-of-2.safetensors", "b": "f"}}
             ).encode()
         ],
+        "config": CONFIGS,
+        "yaml": [SETTINGS],
         "zip": [saved(state), saved(nested), saved(module), zipped(records(saved(state)), zip64=True)],
         "pickle": [saved(state), saved(nested), saved(module), saved(state, pickle_protocol=4)],
         "legacy": [saved(old, **legacy), saved({**nested, "state_dict": old}, **legacy), saved(module, **legacy)],
@@ -229,6 +232,10 @@ def legacy_input(data: bytes, rng: Random) -> bytes:
     return data[: ends[number]] + part + data[ends[number + 1] :]
 
 
+def yaml_input(data: bytes, rng: Random) -> bytes:
+    return damaged(data, rng) if rng.random() < 0.3 else damaged_yaml(data, rng)
+
+
 def check_safetensors(data: bytes) -> str:
     length = header_length(data[:8], "f", len(data))
     entries = parse_header(data[:length], file="f", file_number=0, size=len(data))
@@ -308,6 +315,8 @@ KINDS: dict[str, tuple[Callable[[bytes, Random], bytes], Callable[[bytes], str]]
     "zip": (zip_input, check_torch),
     "pickle": (pickle_input, check_torch),
     "legacy": (legacy_input, check_torch),
+    "config": (index_input, check_config),
+    "yaml": (yaml_input, check_yaml),
 }
 
 
@@ -320,13 +329,13 @@ def _alarm(seconds: int) -> Iterator[None]:
     def ring(*_: object) -> None:
         raise HangError(f"more than {seconds} s")
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(seconds)
+    before = signal.signal(signal.SIGPROF, ring)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def run(number: int, seed: int, seeds: dict[str, list[bytes]]) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from tests.proxy import Forward, Reply, Request
 
 FILE = "model.safetensors"
 FLIPPED = 77
-"""The byte of a body whose lowest bit is flipped."""
+"""The byte of a body whose lowest bit is flipped, or the last of a shorter one."""
 TRICKLE = 0.1
 """Seconds between the bytes of a reply that trickles."""
 
@@ -216,7 +216,8 @@ def other_range(get: Get) -> Reply:
 
 def flipped(get: Get) -> Reply:
     reply, body = _served(get)
-    return Reply(206, reply.headers, [body[:FLIPPED], bytes([body[FLIPPED] ^ 1]), body[FLIPPED + 1 :]])
+    at = min(FLIPPED, len(body) - 1)
+    return Reply(206, reply.headers, [body[:at], bytes([body[at] ^ 1]), body[at + 1 :]])
 
 
 def changes(how: str) -> Fault:

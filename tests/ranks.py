@@ -29,6 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from loader.exchange import watch
 from loader.store import patience
 from tests.processes import kill_tree, python_path
 
@@ -80,6 +81,7 @@ def run_ranks(
     init: bool = True,
     env: Mapping[str, str] | None = None,
     outcomes: bool = False,
+    patient: bool = True,
 ) -> list[Any]:
     """Call the module-level `fn(*args)` in `world_size` processes and return what each returned, in rank order.
 
@@ -90,7 +92,8 @@ def run_ranks(
 
     A rank that raises, dies, or has not ended after `timeout` seconds makes a RankFailure, at most GRACE seconds after
     the first. With `outcomes`, an Outcome per rank is returned instead, whatever happened, and every rank has the whole
-    `timeout`.
+    `timeout`. If `patient`, a rank that gets no core for long does not pass for lost, nor the store: where some are to
+    be lost, it must not be.
     """
     call = pickle.dumps((fn, args))
     # Hosted here, the store has its port before any rank asks for it: no race for a free one.
@@ -101,7 +104,7 @@ def run_ranks(
         for rank in range(world_size):
             mine = {name: value.replace("{rank}", str(rank)) for name, value in shared.items()}
             mine |= _rank_environment(rank, world_size // nodes)
-            ranks.append(_Rank(call, mine, Path(scratch, str(rank)), timeout=timeout, init=init))
+            ranks.append(_Rank(call, mine, Path(scratch, str(rank)), timeout, init=init, patient=patient))
             stack.callback(ranks[-1].kill)
         _wait(ranks, timeout, math.inf if outcomes else GRACE)
         results = [rank.outcome() for rank in ranks]
@@ -152,7 +155,9 @@ def _wait(ranks: Sequence[_Rank], timeout: float, grace: float) -> None:
 class _Rank:
     """One rank's process as its parent sees it."""
 
-    def __init__(self, call: bytes, environ: Mapping[str, str], log: Path, *, timeout: float, init: bool) -> None:
+    def __init__(
+        self, call: bytes, environ: Mapping[str, str], log: Path, timeout: float, *, init: bool, patient: bool
+    ) -> None:
         self.log = log
         self.message: bytes | None = None
         self.hung = False
@@ -160,8 +165,8 @@ class _Rank:
         self.receiver, sender = context.Pipe(duplex=False)
         self.process = context.Process(
             target=_rank_main,
-            args=(call, sender),
-            kwargs={"environ": dict(environ), "cwd": Path.cwd(), "log": log, "timeout": timeout, "init": init},
+            args=(call, sender, dict(environ), Path.cwd(), log, timeout),
+            kwargs={"init": init, "patient": patient},
         )
         self.process.start()
         sender.close()
@@ -219,7 +224,15 @@ def _forkserver() -> Any:
 
 
 def _rank_main(
-    call: bytes, sender: Any, *, environ: dict[str, str], cwd: Path, log: Path, timeout: float, init: bool
+    call: bytes,
+    sender: Any,
+    environ: dict[str, str],
+    cwd: Path,
+    log: Path,
+    timeout: float,
+    *,
+    init: bool,
+    patient: bool,
 ) -> None:
     """What a rank's process does: one call, one message."""
     fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -233,6 +246,8 @@ def _rank_main(
         os.environ.update(environ)
         os.chdir(cwd)
         torch.set_num_threads(1)
+        if patient:
+            watch.LOST_AFTER = watch.SILENT_AFTER = 90.0
         patience.LEAST = 10.0  # a rank that gets no core is no stalled connection: what a server counts is not to vary
         fn, args = pickle.loads(call)
         if init:

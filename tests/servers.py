@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import http.client
+import json
 import ssl
 import threading
 import uuid
@@ -25,6 +26,8 @@ __all__ = ["CountingProxy", "GCSServer", "Reply", "Request", "S3Server", "gcs_se
 @dataclasses.dataclass(frozen=True)
 class GCSServer:
     endpoint: str
+    bucket: str
+    """Of `prefix()`."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -35,10 +38,20 @@ class GCSServer:
         return {"endpoint_url": self.endpoint, "token": "anon"}
 
     def at(self, endpoint: str) -> GCSServer:
-        return GCSServer(endpoint)
+        return dataclasses.replace(self, endpoint=endpoint)
+
+    def make_bucket(self, bucket: str, **options: Any) -> GCSServer:
+        """This server, with a new bucket of these options for `prefix()`."""
+        connection = http.client.HTTPConnection(self.endpoint.partition("://")[2])
+        wanted = json.dumps({"name": bucket, **options})
+        connection.request("POST", "/storage/v1/b?project=test", wanted, {"Content-Type": "application/json"})
+        if connection.getresponse().status != 200:
+            raise ServerError("the bucket could not be made")
+        connection.close()
+        return dataclasses.replace(self, bucket=bucket)
 
     def prefix(self) -> str:
-        return f"gs://loader/{uuid.uuid4().hex[:12]}"
+        return f"gs://{self.bucket}/{uuid.uuid4().hex[:12]}"
 
     def put(self, directory: Path, uri: str | None = None) -> str:
         """Upload the files of `directory`, by default under a new prefix, and return the URI."""
@@ -52,21 +65,14 @@ class GCSServer:
 
 @contextlib.contextmanager
 def gcs_server() -> Iterator[GCSServer]:
-    """A fake-gcs-server that keeps its objects in memory, with the bucket of `prefix()`."""
+    """A fake-gcs-server that keeps its objects in memory, with one bucket."""
     (port,) = free_ports(1)
     binary = str(fake_gcs_server._get_binary_path())
     endpoint = f"http://127.0.0.1:{port}"
     options = {"scheme": "http", "host": "127.0.0.1", "port": port, "backend": "memory", "external-url": endpoint}
     options |= {"public-host": f"127.0.0.1:{port}", "log-level": "error"}
     with running([binary, *(f"-{name}={value}" for name, value in options.items())], port):
-        connection = http.client.HTTPConnection("127.0.0.1", port)
-        connection.request(
-            "POST", "/storage/v1/b?project=test", '{"name": "loader"}', {"Content-Type": "application/json"}
-        )
-        if connection.getresponse().status != 200:
-            raise ServerError("the bucket could not be made")
-        connection.close()
-        yield GCSServer(endpoint)
+        yield GCSServer(endpoint, "").make_bucket("loader")
 
 
 @contextlib.contextmanager

@@ -23,11 +23,13 @@ import loader
 from loader.errors import LoaderError
 from loader.exchange import watch
 from tests.checkpoints import random_checkpoint
+from tests.endings import SOON, Ending, Giving, took
 from tests.proxy import CountingProxy
 from tests.ranks import run_ranks
 from tests.torchrun import TWO_HOSTS, torchrun
 
 PAIR, RANKS = 2, 3  # for many cases in one world, and for one in each
+pytestmark = pytest.mark.timeout(300)
 TENSORS = {
     "a.weight": (torch.float32, (300, 70)),
     "b.weight": (torch.float32, (90, 300)),
@@ -179,7 +181,7 @@ def _with_header(data: bytes, change: Callable[[Header], Any] | None) -> bytes:
     return struct.pack("<Q", len(text)) + text + data[end:]
 
 
-def _suffer(root: str, endpoints: Sequence[str]) -> dict[str, tuple[str, str, int | None, float]]:
+def _suffer(root: str, endpoints: Sequence[str]) -> dict[str, tuple[str, str, int | None, Ending]]:
     """Each case's error as this rank sees it; after each, the group must work as before."""
     told = {}
     rank = dist.get_rank()
@@ -196,11 +198,11 @@ def _suffer(root: str, endpoints: Sequence[str]) -> dict[str, tuple[str, str, in
         with pytest.MonkeyPatch.context() as patch:
             for variable, value in {"AWS_ENDPOINT_URL": endpoints[rank], **case.env}.items():
                 patch.setenv(variable, value) if value is not None else patch.delenv(variable)
-            begun = time.monotonic()
+            giving = Giving(patch)
             try:
                 loader.load(target, uri, **{"retries": 1, **case.arguments})
             except LoaderError as error:
-                told[name] = (type(error).__name__, str(error), error.rank, time.monotonic() - begun)
+                told[name] = (type(error).__name__, str(error), error.rank, giving.end())
         total = torch.ones(1)
         dist.all_reduce(total)
         assert total.item() == PAIR
@@ -217,7 +219,7 @@ def suffered(s3, tmp_path_factory):
     env = s3.environment | {"AWS_EC2_METADATA_DISABLED": "true"}
     with CountingProxy(s3.endpoint, listeners=PAIR) as proxy:
         endpoints = [proxy.url_for(rank) for rank in range(PAIR)]
-        outcomes = run_ranks(PAIR, _suffer, uri, endpoints, env=env, outcomes=True, timeout=90)
+        outcomes = run_ranks(PAIR, _suffer, uri, endpoints, env=env, outcomes=True, timeout=180)
         assert [outcome.report for outcome in outcomes] == [""] * PAIR
         return outcomes, list(proxy.requests), s3.secret
 
@@ -233,7 +235,7 @@ def test_each_case_is_told_alike_on_every_rank(suffered, name):
     for words in case.says:
         assert words in message
     assert rank == case.rank or case.rank is None
-    assert max(seconds for *_, seconds in told) < 10
+    assert took(ending for *_, ending in told) < SOON
 
 
 def test_only_rank_0_looked_and_only_at_headers(suffered):
@@ -309,7 +311,7 @@ def test_the_command_ends_every_rank_with_2_and_leaves_nothing(tmp_path, monkeyp
     outcomes = run_ranks(
         RANKS, _main, ["--config", _config(tmp_path, **sections), *overrides], init=False, outcomes=True
     )
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 60
     for rank, outcome in enumerate(outcomes):
         assert outcome.report == "died: exit code 2", outcome
         last = outcome.output[outcome.output.rindex(f"rank {rank}: {says[0]}: ") :]

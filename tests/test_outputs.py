@@ -38,8 +38,10 @@ def arguments(tmp_path, source) -> list[str]:
     return ["--config", str(tmp_path / "cfg.yaml")]
 
 
-def run(arguments: list[str], *overrides: str, env: dict[str, str] | None = None) -> list[Outcome]:
-    return run_ranks(RANKS, main, [*arguments, *overrides], init=False, env=env, outcomes=True)
+def run(
+    arguments: list[str], *overrides: str, env: dict[str, str] | None = None, patient: bool = True
+) -> list[Outcome]:
+    return run_ranks(RANKS, main, [*arguments, *overrides], init=False, env=env, outcomes=True, patient=patient)
 
 
 def errors(outcomes: list[Outcome]) -> list[str]:
@@ -157,7 +159,9 @@ def test_a_disk_that_is_full_in_the_middle_is_told_alike_and_leaves_nothing(tmp_
 
 
 def test_a_rank_that_is_killed_as_it_writes_ends_the_others_and_leaves_nothing(tmp_path, arguments):
-    outcomes = run(arguments, "model.builder=tests.local_models:killed", env={"LOCAL": str(tmp_path / "init")})
+    outcomes = run(
+        arguments, "model.builder=tests.local_models:killed", env={"LOCAL": str(tmp_path / "init")}, patient=False
+    )
     assert "SIGKILL" in outcomes.pop(2).report
     for message in errors(outcomes):
         assert "LostRankError: rank 2" in message or "(first on rank" in message

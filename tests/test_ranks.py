@@ -82,7 +82,7 @@ def test_a_raise_is_told_with_every_ranks_traceback():
         run_ranks(2, _raise_on, 1)
     assert isinstance(failure.value.outcomes[1].error, KeyError)
     assert failure.value.outcomes[0].error is not None
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 50
 
 
 def test_outcomes_are_returned_beside_each_other():
@@ -117,7 +117,7 @@ def _hang_in_gloo():
 
 def test_a_hang_is_ended_with_stacks():
     with pytest.raises(RankFailure) as failure:
-        run_ranks(2, _hang_in_gloo, timeout=1)
+        run_ranks(2, _hang_in_gloo, timeout=5)
     for outcome in failure.value.outcomes:
         assert "_hang_in_gloo" in outcome.output
         assert "did not end" in outcome.report
@@ -128,7 +128,7 @@ def _leave_a_thread():
 
 
 def test_a_process_that_does_not_end_is_a_hang():
-    (outcome,) = run_ranks(1, _leave_a_thread, timeout=1, outcomes=True)
+    (outcome,) = run_ranks(1, _leave_a_thread, timeout=5, outcomes=True)
     assert "though its function had returned" in outcome.report
 
 

@@ -172,3 +172,23 @@ def test_code_that_is_not_there_or_fails(checkpoint, tmp_path, auto_map, message
 def test_a_builder_of_ones_own_takes_no_such_key():
     with pytest.raises(ConfigError, match=r"model.trust_remote_code: only the transformers builder runs"):
         Config(source={"uri": "x"}, model={"builder": None, "trust_remote_code": True})
+
+
+@pytest.mark.parametrize("runs", [_run_by_default, _run_trusting])
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (
+            {"attn_implementation": "kernels-community/x"},
+            "'kernels-community/x': code of a repository, which is not run",
+        ),
+        ({"num_hidden_layers": 2**31}, "2147483648 layers, of a checkpoint of "),
+    ],
+)
+def test_what_a_config_may_not_ask_for(checkpoint, tmp_path, runs, asked, words):
+    directory = _as_llama(checkpoint, tmp_path / "llama")
+    config = json.loads((directory / "config.json").read_text()) | asked
+    (directory / "config.json").write_text(json.dumps(config))
+    [(_, error)] = run_ranks(1, runs, str(directory), {}, str(tmp_path / "work"))
+    assert isinstance(error, BuilderError)
+    assert words in str(error)

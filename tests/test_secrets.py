@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import os
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +17,7 @@ import torch.distributed as dist
 import loader
 from loader.errors import LoaderError
 from loader.exchange.watch import Watch
+from loader.init_from_hf import main
 from tests.checkpoints import random_checkpoint
 from tests.hub import hub_server
 from tests.misbehaving import Misbehaving, expired, from_then_on, reset, status
@@ -53,7 +56,7 @@ class Recorder:
 
 def _load_all(uris: dict[str, str], options: dict[str, Any], backend: str) -> dict[str, tuple[str, str]]:
     """For each load how it ended, and all that it told and sent here."""
-    logging.basicConfig(level=logging.INFO)
+    logging.basicConfig(level=logging.DEBUG)  # of a trainer that looks for something else
     sent: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         made = Watch.__init__
@@ -125,6 +128,42 @@ def test_nor_the_hubs(tmp_path):
         hub.token = f"hf_{SECRET}"
         uris = {name: f"hf://org/{name}" for name in LOADS}
         _judge(hub.endpoint, lambda at: Place(uris, hub.at(at).storage_options, [SECRET, "Signature="]), "direct")
+
+
+def _command(config: str, name: str, error_file: str) -> None:
+    os.environ["TORCHELASTIC_ERROR_FILE"] = error_file
+    overrides = [f"report={name}.json", f"trace={name}-trace.json", f"output.checkpoint={name}-out"]
+    main(["--config", config, "--verbose", *overrides])
+
+
+@pytest.mark.parametrize("name", ["good", "fails"])
+def test_nor_by_the_command_at_its_most_verbose_nor_in_what_it_leaves(tmp_path, monkeypatch, name):
+    """A signed URL with a password in it, and a token among the options."""
+    random_checkpoint(tmp_path / "served" / name, TENSORS)
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    with http_server(tmp_path / "served") as url, CountingProxy(url, listeners=1) as proxy:
+        proxy.on_request(Misbehaving(FAULTS))
+        options = {"headers": {"X-Token": f"option-{SECRET}"}}
+        uri = f"{proxy.url.replace('://', f'://me:{SECRET}@')}/{name}?signature={SECRET}"
+        read = {"retries": 1, "range_size": "64KiB", "memory_budget": "32MiB"}
+        config = {"source": {"uri": uri, "storage_options": options}, "model": {"builder": None}, "read": read}
+        (tmp_path / "cfg.yaml").write_text(json.dumps(config))
+        arguments = (str(tmp_path / "cfg.yaml"), name, str(work / "error.json"))
+        [outcome] = run_ranks(1, _command, *arguments, init=False, outcomes=True)
+        asked = "\n".join(f"{each.target} {each.headers}" for each in proxy.requests)
+    assert f"signature={SECRET}" in asked
+    assert f"option-{SECRET}" in asked
+    left = {path.name: path.read_bytes() for path in work.rglob("*") if path.is_file()}
+    if name == "good":
+        assert {"good.json", "good-trace.json", ".metadata"} <= left.keys(), outcome
+    else:
+        assert "exit code 1" in outcome.report
+        assert {"fails-trace.json", "error.json"} <= left.keys()
+    assert "open: " in outcome.output, "it is verbose"
+    for found, data in {**left, "the output": outcome.output.encode()}.items():
+        assert SECRET.encode() not in data, found
 
 
 def _judge(target: str, place: Callable[[str], Place], backend: str) -> None:

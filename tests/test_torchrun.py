@@ -1,3 +1,5 @@
+import time
+
 import psutil
 import pytest
 
@@ -38,8 +40,17 @@ def test_torchrun_tells_the_exit_codes_of_ranks(script):
 
 def test_torchrun_that_hangs_is_killed_with_its_workers(tmp_path):
     hang = tmp_path / "hang.py"
-    hang.write_text("import os, threading\nprint('pid', os.getpid(), flush=True)\nthreading.Event().wait()\n")
+    there = tmp_path / "there"
+    hang.write_text(
+        f"import os, threading\nprint('pid', os.getpid(), flush=True)\nopen({str(there)!r}, 'w')\n"
+        "threading.Event().wait()\n"
+    )
+
+    def until_it_hangs(_: object) -> None:
+        while not there.exists():
+            time.sleep(0.05)
+
     with pytest.raises(TimeoutError, match=r"(?s)pid \d+.*hang.py") as raised:
-        torchrun(1, [hang], timeout=8)
+        torchrun(1, [hang], timeout=1, meanwhile=until_it_hangs)
     pid = int(str(raised.value).split("pid ")[1].split()[0])
     assert not psutil.pid_exists(pid)

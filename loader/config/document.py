@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,8 @@ from loader.errors import ConfigError
 _PLAIN = ("map", "seq", "str", "int", "float", "bool", "null", "timestamp", "merge")
 PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in _PLAIN}
 KEY_TAGS = {"tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"}
+LARGEST = 100_000
+"""Values, names and mappings of a config: ten times what one with thousands of rules has."""
 HARMLESS = re.compile(r"""([^'"]|'\\?.'|'<[a-z ]+>')*""")
 
 
@@ -53,12 +57,16 @@ def read_yaml(text: str, place: Callable[[int], str]) -> Document:
         root = yaml.compose(text)
         for node in _walk(root, set()):
             _check(node, yaml, place)
+        if root is not None and _written_out(root, {}) > LARGEST:
+            raise ConfigError(f"{place(1)}: with its aliases written out this has more than {LARGEST:,} values")
         return Document(yaml.load(text), root)
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         here = place(mark.line + 1 if mark else 1)
         problem = ", ".join(_without_text(part) for part in (error.context, error.problem) if part)
         raise ConfigError(f"{here}: this is not YAML: {problem}; quote text with special characters") from None
+    except RecursionError:
+        raise ConfigError(f"{place(1)}: lists or mappings stand in each other too deeply: this is no config") from None
     except YAMLError:
         raise ConfigError(f"{place(1)}: this is not YAML: it holds a control character") from None
 
@@ -74,13 +82,22 @@ def _walk(node: Node | None, seen: set[int]) -> Iterator[Node]:
         return
     seen.add(id(node))
     yield node
+    for inner in _within(node):
+        yield from _walk(inner, seen)
+
+
+def _written_out(node: Node, known: dict[int, float]) -> float:
+    """How many nodes it is without aliases: without end where one leads to a circle."""
+    if id(node) not in known:
+        known[id(node)] = math.inf  # whoever comes here again meanwhile is within it
+        known[id(node)] = 1 + sum(_written_out(inner, known) for inner in _within(node))
+    return known[id(node)]
+
+
+def _within(node: Node) -> Iterable[Node]:
     if isinstance(node, MappingNode):
-        for key, value in node.value:
-            yield from _walk(key, seen)
-            yield from _walk(value, seen)
-    elif isinstance(node, SequenceNode):
-        for item in node.value:
-            yield from _walk(item, seen)
+        return itertools.chain.from_iterable(node.value)
+    return node.value if isinstance(node, SequenceNode) else ()
 
 
 def _check(node: Node, yaml: YAML, place: Callable[[int], str]) -> None:
@@ -92,6 +109,9 @@ def _check(node: Node, yaml: YAML, place: Callable[[int], str]) -> None:
     elif isinstance(node, ScalarNode) and not node.tag.endswith(":merge"):
         try:
             yaml.constructor.construct_object(node)
+            node.value.encode()
+        except UnicodeEncodeError:
+            raise ConfigError(f"{here}: a value is no text: half of a surrogate pair stands in it") from None
         except (ValueError, LookupError):
             raise ConfigError(f"{here}: a value is not what it looks like (a date, a number): quote it") from None
 

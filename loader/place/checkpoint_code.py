@@ -61,6 +61,19 @@ def own_classes(fields: Mapping[str, Any], sources: Mapping[str, str]) -> type[P
     return own
 
 
+def refuse_kernels(config: PreTrainedConfig) -> None:
+    """Raise BuilderError where the config names a repository whose code is to compute the attention: where the package
+    `kernels` is there, transformers would fetch and run it as it builds the model."""
+    parts = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+    for part in parts:
+        asked = getattr(part, "_attn_implementation", None)
+        if asked is not None and (not isinstance(asked, str) or "/" in asked):
+            raise BuilderError(
+                f"config.json asks for attention by {asked!r}: code of a repository, which is not run. Take "
+                "attn_implementation out of config.json, and choose one in your program"
+            )
+
+
 def _imported(reference: Any, sources: Mapping[str, str]) -> Any:
     """The class that "module.Class" names."""
     module, _, name = str(reference).rpartition(".")

@@ -24,11 +24,13 @@ from transformers.utils import ContextManagers
 
 from loader.convert.named.transformers import model_class
 from loader.errors import BuilderError, ConfigError, LoaderError
-from loader.place.checkpoint_code import own_classes
+from loader.place.checkpoint_code import own_classes, refuse_kernels
 from loader.place.dtypes import DtypeRule, cast_by_rules
 from loader.place.user_code import told
 
 _DP = ("dp_replicate", "dp_shard")
+_LAYERS = 1000
+"""So many may be built, whatever the checkpoint has: the deepest models have a tenth of them."""
 _OWN_BUILDER = 'set model.builder to a "package.module:function" of yours'
 
 
@@ -56,10 +58,12 @@ def build(
     return model
 
 
-def config_of(fields: Mapping[str, Any], code: Mapping[str, str] | None = None) -> PreTrainedConfig:
+def config_of(fields: Mapping[str, Any], code: Mapping[str, str] | None = None, tensors: int = 0) -> PreTrainedConfig:
     """`config.json` as transformers' config object: of the model type's own class, generic where it knows none.
 
-    Where it does not have the model either, that is taken from the checkpoint's own `code`: sources by module.
+    Where it does not have the model either, that is taken from the checkpoint's own `code`: sources by module. The
+    checkpoint has so many `tensors`. Raises BuilderError for what transformers cannot read, for kernels of a
+    repository, and for more layers than these tensors can be of: what is built of them takes memory, on meta too.
     """
     kind = fields.get("model_type")
     known = kind in transformers.CONFIG_MAPPING  # a lazy mapping, whose `get` knows no default
@@ -71,6 +75,13 @@ def config_of(fields: Mapping[str, Any], code: Mapping[str, str] | None = None) 
     except Exception as error:
         reason = error.__cause__ or error  # of its own validation, which says no more than that it failed
         raise BuilderError(f"transformers could not read config.json as a {cls.__name__}: {reason}") from error
+    refuse_kernels(config)
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        layers = getattr(part, "num_hidden_layers", None)
+        if isinstance(layers, int) and layers > max(tensors, _LAYERS):
+            raise BuilderError(
+                f"config.json says {layers} layers, of a checkpoint of {tensors} tensors: is it its own?"
+            )
     return config
 
 

@@ -1,7 +1,8 @@
-"""What no error may tell: the source's storage_options, and the queries of signed URLs."""
+"""What no error and no log may tell: the source's storage_options, and the queries of signed URLs."""
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,6 +14,18 @@ _USERINFO = re.compile(r"://[^/?#\s]*@")
 _QUERY = re.compile(r"(://[^\s?'\"<>]*)\?[^\s'\"<>]*")
 _SHORT = 4
 """A value with fewer characters than this keeps no secret, and would be found in any text."""
+
+
+_CLIENTS = ("aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "httpcore", "httpx", "s3fs", "urllib3")
+
+
+def hush_clients() -> None:
+    """Keep from the log what client libraries tell at DEBUG: signed URLs, and headers with tokens. For whom the root
+    logger is at DEBUG for another reason; a library's own logger, once it has a level, is left as it is."""
+    for name in _CLIENTS:
+        log = logging.getLogger(name)
+        if log.level == logging.NOTSET:
+            log.setLevel(logging.INFO)
 
 
 class Secrets:

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from loader.crc import crc
 from loader.errors import CatalogError
+from loader.formats.hf_config import parse_config
 from loader.formats.index import MAX_INDEX, parse_index
 from loader.formats.layout import FORMATS, Layout, assemble, choose, is_torch, weight_files
 from loader.formats.safetensors import HEAD, header_length, parse_header
-from loader.formats.strict_json import parse_object
 from loader.formats.torch_file import read_torch_file
 from loader.formats.torch_file.ranges import Span
 from loader.formats.torch_file.zipped import Record
@@ -158,14 +158,13 @@ def _read_config(store: Store, listed: Sequence[str] | None) -> dict[str, Any] |
         return None
     if store.stat(CONFIG) is None:
         return None
-    return parse_object(read_whole(store, CONFIG, MAX_INDEX), file=CONFIG, what="the config")
+    return parse_config(read_whole(store, CONFIG, MAX_INDEX), file=CONFIG)
 
 
 def _read_code(store: Store, listed: Sequence[str] | None, config: Mapping[str, Any]) -> dict[str, str]:
     """The directory's Python modules, or those that the config names where it cannot be listed; none where it names
     none."""
-    auto_map = config.get("auto_map") or {}
-    named = {str(each).rpartition(".")[0] for each in auto_map.values()} if isinstance(auto_map, dict) else set()
+    named = {str(each).rpartition(".")[0] for each in (config.get("auto_map") or {}).values()}
     there = {name.removesuffix(".py") for name in listed if name.endswith(".py")} if listed is not None else named
     modules = sorted(each for each in there if each.isidentifier()) if named else []
     try:

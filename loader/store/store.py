@@ -29,7 +29,7 @@ from loader.store.flow import Flow
 from loader.store.patience import Patience
 from loader.store.retry import Retry
 from loader.store.schemes import open_scheme
-from loader.store.secrets import Secrets
+from loader.store.secrets import Secrets, hush_clients
 from loader.store.tally import Asked, Tally
 from loader.uri import public_uri, split_uri
 
@@ -86,6 +86,7 @@ class Store:
         pause: Pause | None = None,
         most_at_once: int | None = None,
     ) -> None:
+        hush_clients()
         directory, self.only = split_uri(access.uri)
         self.uri = public_uri(access.uri)
         self.tally = Tally()

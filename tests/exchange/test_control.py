@@ -19,16 +19,28 @@ from loader.exchange import control as control_module
 from loader.exchange import watch
 from loader.exchange.control import Control
 
-pytestmark = pytest.mark.timeout(30)
+pytestmark = pytest.mark.timeout(180)
 
 _worlds = itertools.count()
 
+QUICKLY = 4.0
+"""Seconds without a beat in which a thread that lives gets its turn, also on a busy machine."""
+SOON = 30.0
+"""Seconds: not before long, and far below what would pass if nobody told."""
+
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch):
+def _patient(monkeypatch):
+    """Beats are quick, and nobody passes for lost on a busy machine but where a test has that in mind."""
     monkeypatch.setattr(watch, "BEAT", 0.02)
-    monkeypatch.setattr(watch, "LOST_AFTER", 1.0)
-    monkeypatch.setattr(watch, "SILENT_AFTER", 1.5)
+    monkeypatch.setattr(watch, "LOST_AFTER", 90.0)
+    monkeypatch.setattr(watch, "SILENT_AFTER", 90.0)
+
+
+@pytest.fixture
+def quickly_lost(monkeypatch):
+    monkeypatch.setattr(watch, "LOST_AFTER", QUICKLY)
+    monkeypatch.setattr(watch, "SILENT_AFTER", QUICKLY)
 
 
 @pytest.fixture
@@ -44,7 +56,7 @@ def world(monkeypatch):
     return make
 
 
-def together(controls, fn, *, within=20):
+def together(controls, fn, *, within=120):
     """`fn(control)` of every rank at once, inside its context: what each returned or raised."""
 
     def run(control):
@@ -134,7 +146,7 @@ def test_a_busy_rank_learns_of_an_error(world):
         return time.monotonic() - begun
 
     _, waited = together(world(2), work)
-    assert waited < 1
+    assert waited < SOON
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -179,10 +191,11 @@ def test_a_rank_that_is_through_before_the_error_does_not_leave_the_others_waiti
 
     controls = world(3)
     assert told(together(controls, run)) == {(StoreError, "gone", 1)}
-    assert max(control.waited for control in controls[1:]) < 1
+    assert max(control.waited for control in controls[1:]) < SOON
 
 
 @pytest.mark.parametrize("lost", [{0}, {3}, {1, 2}])
+@pytest.mark.usefixtures("quickly_lost")
 def test_a_rank_that_stops_beating_is_lost_to_all(world, lost):
     def run(control):
         control.agree("begin")
@@ -203,6 +216,7 @@ def test_a_rank_that_stops_beating_is_lost_to_all(world, lost):
     assert f"rank {errors[0].rank} (host " in str(errors[0])
 
 
+@pytest.mark.usefixtures("quickly_lost")
 def test_a_rank_lost_while_all_end_for_another_error_keeps_nobody(world):
     def run(control):
         control.may_start(0)
@@ -222,18 +236,19 @@ def test_a_rank_lost_while_all_end_for_another_error_keeps_nobody(world):
     assert told([error for error in outcomes if error]) == {(StoreError, "first", 0)}
 
 
+@pytest.mark.usefixtures("quickly_lost")
 def test_a_slow_starter_is_waited_for(world):
     def run(control):
         control.agree("begin")
 
     controls = world(3)
     enter = controls[2].open
-    controls[2].open = lambda: (time.sleep(1.5), enter())  # longer than LOST_AFTER
+    controls[2].open = lambda: (time.sleep(QUICKLY + 0.5), enter())
     assert together(controls, run) == [None] * 3
 
 
 def test_a_rank_that_never_comes_is_named(world, monkeypatch):
-    monkeypatch.setattr(watch, "UNSEEN_FOR", 0.5)
+    monkeypatch.setattr(watch, "UNSEEN_FOR", QUICKLY)
     outcomes = together(world(3)[:2], lambda control: control.agree("begin"))
     assert told(outcomes) == {(LostRankError, str(outcomes[0]), 2)}
     assert "rank 2 did not come to the load" in str(outcomes[0])
@@ -263,6 +278,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.usefixtures("quickly_lost")
 @pytest.mark.parametrize("end", [signal.SIGSTOP, signal.SIGKILL])
 def test_a_store_that_is_silent_or_gone_ends_every_rank(world, end):
     """A host that loses its power sends no word: what is stopped is as silent."""
@@ -274,12 +290,12 @@ def test_a_store_that_is_silent_or_gone_ends_every_rank(world, end):
         def run(control):
             control.may_start(0)
             control.agree("begin")
-            all_here.wait(10)
+            all_here.wait(60)
             if control.rank == 0:
                 os.kill(host.pid, end)
                 while psutil.Process(host.pid).status() not in {psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE}:
                     time.sleep(0.001)
-            all_here.wait(10)
+            all_here.wait(60)
             begun = time.monotonic()
             try:
                 if control.rank == 1:
@@ -294,30 +310,36 @@ def test_a_store_that_is_silent_or_gone_ends_every_rank(world, end):
         outcomes = together(controls, run)
         assert {type(error) for error in outcomes} == {LostRankError}
         assert all("the store that ranks talk through is gone" in str(error) for error in outcomes)
-        assert max(control.waited for control in controls) < 4
+        assert max(control.waited for control in controls) < SOON
     finally:
         host.kill()
         host.communicate()
 
 
 def test_ranks_leave_together_but_do_not_wait_for_ever(world):
-    def run(control):
-        time.sleep(control.rank * 0.3)
-        begun = time.monotonic()
-        control.leave(5 if control.world_size == 2 else 0.2)
-        return time.monotonic() - begun
+    leaving, through = threading.Event(), threading.Event()
 
-    first, _ = together(world(2), run)
-    assert 0.2 < first < 1.5
-    alone = together(world(3)[:1], run)
-    assert 0.1 < alone[0] < 1
+    def two(control):
+        if control.rank == 1:
+            leaving.wait(60)
+            time.sleep(0.3)
+            assert not through.is_set()
+        else:
+            leaving.set()
+        control.leave(60)
+        through.set()
+
+    begun = time.monotonic()
+    assert together(world(2), two) == [None, None]
+    together(world(3)[:1], lambda control: control.leave(0.2))
+    assert time.monotonic() - begun < SOON
 
 
 def test_nothing_is_left_behind(world):
     before = set(threading.enumerate())
     for _ in range(30):
         together(world(2), lambda control: (control.put("much", b"x" * 1000), control.agree("end")))
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + SOON
     while (left := set(threading.enumerate()) - before) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert left == set()
@@ -331,7 +353,8 @@ def test_who_comes_after_the_end_does_not_wait(world):
     assert control.fail(StoreError("late")).message == "first"
 
 
-def test_a_process_alone_needs_no_store():
+def test_a_process_alone_needs_no_store(monkeypatch):
+    monkeypatch.setattr(watch, "SETTLE", 90.0)
     with Control(None, 0, 1) as control:
         with control.phase("one"):
             assert control.broadcast("word", b"x") == b"x"
@@ -340,4 +363,4 @@ def test_a_process_alone_needs_no_store():
     begun = time.monotonic()
     with pytest.raises(LoaderError), Control(None, 0, 1) as control, control.phase("one"):
         raise CatalogError("wrong")
-    assert time.monotonic() - begun < 1
+    assert time.monotonic() - begun < SOON

@@ -50,19 +50,19 @@ def test_the_deadline_ends_a_read_of_a_client_that_hangs(directory):
     with pytest.raises(StoreError, match=rf"{NAME} bytes 0-9: .*read.deadline has passed, and cannot be interrupted"):
         store.read(NAME, pin, 0, memoryview(bytearray(10)))
     store.close()
-    assert time.monotonic() - begun < 8
+    assert time.monotonic() - begun < 30
     _release(directory)
 
 
 def test_who_hung_once_may_ask_again_and_a_sign_of_life_counts(directory):
-    aside = Aside(0.5, math.inf)
-    with pytest.raises(Hung, match=r"nothing came for 0.5 s \(read.timeout\)"):
+    aside = Aside(2.0, math.inf)
+    with pytest.raises(Hung, match=r"nothing came for 2 s \(read.timeout\)"):
         aside.call(lambda _: (directory / "fifo").read_bytes())
     _release(directory)
     lives = threading.Event()
 
     def slowly(alive) -> str:
-        for _ in range(10):
+        for _ in range(30):
             lives.wait(0.1)
             alive()
         return "done"

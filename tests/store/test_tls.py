@@ -21,6 +21,8 @@ from tests.checkpoints import random_checkpoint
 from tests.processes import ROOT, python_path
 from tests.servers import http_server
 
+pytestmark = pytest.mark.timeout(400)  # several programs start, one after another
+
 AUTHORITIES = ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "AWS_CA_BUNDLE"]
 """Where the environment says whom to trust; a machine may have any of them set."""
 
@@ -58,7 +60,7 @@ def load(directory: Path, url: str, backend: str, **env: str) -> subprocess.Comp
     config.write_text(json.dumps({**sections, "report": None}))
     return subprocess.run(
         [sys.executable, "-m", "loader.init_from_hf", "--config", config],
-        env={**os.environ, "PYTHONPATH": python_path(), **env}, cwd=ROOT, capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": python_path(), **env}, cwd=ROOT, capture_output=True, text=True, timeout=110,
         check=False,
     )  # fmt: skip
 

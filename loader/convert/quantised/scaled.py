@@ -18,6 +18,7 @@ from torch import Tensor
 from loader.convert.graph import Dequantised, Node, Reshape
 from loader.convert.quantised.weight import Weight, blocks_of, exponents, look_up, spread
 from loader.errors import ConversionError
+from loader.formats.strict_json import quote
 from loader.plan.geometry import Box
 
 Block = tuple[int, ...]
@@ -27,20 +28,22 @@ _VALUES = {dtype: torch.arange(256, dtype=torch.uint8).view(dtype).to(torch.floa
 """By dtype, the value of each byte."""
 _ACTIVATIONS = ("activation_scale", "input_scale", "output_scale", "input_zero_point", "output_zero_point")
 _ZERO_POINT = "_zero_point"
+_LARGEST = 1 << 31
+"""No block of scales is as large."""
 _CACHE = ("q_scale", "k_scale", "v_scale")
 
 
 def block_scaled(keys: Mapping[str, Node], config: Mapping[str, Any]) -> Iterator[Weight]:
     """As transformers' FineGrainedFP8Config: blocks of `weight_block_size`, or one scale where that is null."""
     size = config.get("weight_block_size")
-    return _weights(keys, "_scale_inv", [tuple(size)] if size else [], ())
+    return _weights(keys, "_scale_inv", [_block(size)] if size else [], ())
 
 
 def compressed_tensors(keys: Mapping[str, Node], config: Mapping[str, Any]) -> Iterator[Weight]:
     """Every group of `config_groups` must keep its weights as symmetric float8, per tensor, channel, group or block."""
     blocks: list[Block] = []
-    for name, group in config.get("config_groups", {}).items():
-        weights = group.get("weights") or {}
+    for name, group in _object(config.get("config_groups") or {}, "config_groups").items():
+        weights = _object(_object(group, name).get("weights") or {}, f"{name}.weights")
         told = {"type": weights.get("type"), "num_bits": weights.get("num_bits")}
         if told != {"type": "float", "num_bits": 8} or not weights.get("symmetric", True):
             told["symmetric"] = weights.get("symmetric", True)
@@ -50,10 +53,22 @@ def compressed_tensors(keys: Mapping[str, Node], config: Mapping[str, Any]) -> I
                 "Keep it as it is with model.dequantize: false"
             )
         if weights.get("block_structure"):
-            blocks.append(tuple(weights["block_structure"]))
-        elif weights.get("group_size"):
-            blocks.append((1, weights["group_size"]))
+            blocks.append(_block(weights["block_structure"]))
+        elif weights.get("group_size") not in {None, 0, -1}:
+            blocks.append(_block([1, weights["group_size"]]))
     return _weights(keys, "_scale", blocks, _CACHE if config.get("kv_cache_scheme") else ())
+
+
+def _object(told: object, name: str) -> Mapping[str, Any]:
+    if not isinstance(told, Mapping):
+        raise ConversionError(f"config.json: {name} of its quantisation should be an object, found {quote(told)}")
+    return told
+
+
+def _block(told: object) -> Block:
+    if isinstance(told, list | tuple) and all(type(of) is int and 0 < of < _LARGEST for of in told):
+        return tuple(told)
+    raise ConversionError(f"config.json: a block of scales should be sizes such as [128, 128], found {quote(told)}")
 
 
 def _weights(keys: Mapping[str, Node], suffix: str, blocks: Sequence[Block], cache: Sequence[str]) -> Iterator[Weight]:
@@ -76,7 +91,8 @@ def _weights(keys: Mapping[str, Node], suffix: str, blocks: Sequence[Block], cac
 def _dequantised(key: str, weight: Node, name: str, scales: Node, blocks: Sequence[Block]) -> Node:
     """The product, whatever the scales are for: each of `blocks`, the tensor, each expert's matrix, or each row."""
     shape, ndim = weight.shape, len(weight.shape)
-    known = [(1,) * (ndim - len(block)) + block for block in blocks]  # experts in one tensor have scales of their own
+    fitting = [block for block in blocks if len(block) <= ndim]
+    known = [(1,) * (ndim - len(block)) + block for block in fitting]  # experts in one tensor have scales of their own
     one_a_row = (1,) * (ndim - 1) + shape[ndim - 1 :]
     for block in (*known, shape, (1,) * (ndim - 2) + shape[-2:], one_a_row):
         grid = _grid(shape, block)
