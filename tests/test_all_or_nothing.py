@@ -188,7 +188,7 @@ def _told(finished: Finished) -> dict[int, str]:
 def test_the_stores_host_that_is_lost_ends_the_other(job):
     """It takes its agent with it, so the other host's ranks must see for themselves. (`test_hosts.py` has the rest.)"""
     finished = job.run(lambda agents: kill_tree(agents[0].pid))
-    assert job.seconds < 10
+    assert job.seconds < SOON
     told = _told(finished)
     assert len(told) == 2, finished.stderr
     for said in told.values():
