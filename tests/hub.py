@@ -1,5 +1,5 @@
 """A server that speaks the Hugging Face hub's HTTP API, as far as its own client uses it to read: a repository's info
-with its files, the files of a revision, and the signed URLs of the large ones."""
+with its files, its tree, the files of a revision, and the signed URLs of the large ones."""
 
 from __future__ import annotations
 
@@ -50,6 +50,8 @@ class Hub:
         app = web.Application()
         app.router.add_get("/api/models/{repo:[^/]+/[^/]+}", self._info)
         app.router.add_get("/api/models/{repo:[^/]+/[^/]+}/revision/{revision}", self._info)
+        app.router.add_get("/api/models/{repo:[^/]+/[^/]+}/tree/{revision}", self._tree)
+        app.router.add_get("/api/models/{repo:[^/]+/[^/]+}/tree/{revision}/{path:.+}", self._tree)
         app.router.add_get("/{repo:[^/]+/[^/]+}/resolve/{revision}/{path:.+}", self._resolve)
         app.router.add_get("/lfs/{commit}/{path:.+}", self._large)
         return app
@@ -65,6 +67,16 @@ class Hub:
         files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
         siblings = [_sibling(path, str(path.relative_to(directory))) for path in files]
         return web.json_response({"id": repo, "sha": commit, "siblings": siblings})
+
+    async def _tree(self, request: web.Request) -> web.StreamResponse:
+        repo, path = request.match_info["repo"], request.match_info.get("path", "")
+        if not self._may(request) or repo not in self.commits:
+            return _refused(401, "RepoNotFound")
+        commit = self._commit(repo, request.match_info["revision"])
+        if commit is None or not (directory := self.commits[repo][commit] / path).is_dir():
+            return _refused(404, "EntryNotFound")
+        root = self.commits[repo][commit]
+        return web.json_response([_entry(found, str(found.relative_to(root))) for found in sorted(directory.iterdir())])
 
     async def _resolve(self, request: web.Request) -> web.StreamResponse:
         repo, path = request.match_info["repo"], request.match_info["path"]
@@ -84,7 +96,8 @@ class Hub:
                 status=status, body=data[start:stop], headers={**headers, "ETag": f'"{_git_oid(file)}"'}
             )
         headers |= {"X-Linked-ETag": f'"{_sha256(file)}"', "X-Linked-Size": str(file.stat().st_size)}
-        return web.Response(status=302, headers={**headers, "Location": f"/lfs/{commit}/{path}?{SIGNATURE}"})
+        store = f"http://localhost:{request.host.rpartition(':')[2]}"  # another host: a client sends no token there
+        return web.Response(status=302, headers={**headers, "Location": f"{store}/lfs/{commit}/{path}?{SIGNATURE}"})
 
     async def _large(self, request: web.Request) -> web.StreamResponse:
         if request.query_string != SIGNATURE or "Authorization" in request.headers:
@@ -109,6 +122,16 @@ def _sibling(path: Path, name: str) -> dict[str, Any]:
     if _is_large(name):
         sibling["lfs"] = {"sha256": _sha256(path), "size": size, "pointerSize": 130}
     return sibling
+
+
+def _entry(path: Path, name: str) -> dict[str, Any]:
+    if path.is_dir():
+        return {"type": "directory", "path": name, "oid": hashlib.sha1(name.encode()).hexdigest(), "size": 0}
+    sibling = _sibling(path, name)
+    entry: dict[str, Any] = {"type": "file", "path": name, "oid": sibling["blobId"], "size": sibling["size"]}
+    if "lfs" in sibling:
+        entry["lfs"] = {"oid": sibling["lfs"]["sha256"], **sibling["lfs"]}
+    return entry
 
 
 def _is_large(name: str) -> bool:

@@ -120,14 +120,15 @@ def test_no_secret_is_told_written_or_sent(request, tmp_path, scheme, backend):
     _judge(server.endpoint, place, backend)
 
 
-def test_nor_the_hubs(tmp_path):
+@pytest.mark.parametrize("backend", ["direct", "fsspec"])
+def test_nor_the_hubs(tmp_path, backend):
     random_checkpoint(tmp_path / "served", TENSORS)
     with hub_server(tmp_path) as hub:
         for name in FAULTS:
             hub.put(tmp_path / "served", f"org/{name}")
         hub.token = f"hf_{SECRET}"
         uris = {name: f"hf://org/{name}" for name in LOADS}
-        _judge(hub.endpoint, lambda at: Place(uris, hub.at(at).storage_options, [SECRET, "Signature="]), "direct")
+        _judge(hub.endpoint, lambda at: Place(uris, hub.at(at).storage_options, [SECRET, "Signature="]), backend)
 
 
 def _command(config: str, name: str, error_file: str) -> None:

@@ -16,16 +16,19 @@ _SHORT = 4
 """A value with fewer characters than this keeps no secret, and would be found in any text."""
 
 
-_CLIENTS = ("aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "httpcore", "httpx", "s3fs", "urllib3")
+_CLIENTS = dict.fromkeys(
+    ("aiobotocore", "aiohttp", "botocore", "fsspec", "gcsfs", "google", "s3fs", "urllib3"), logging.INFO
+)
+_CLIENTS |= dict.fromkeys(("httpcore", "httpcore2", "httpx", "httpx2"), logging.WARNING)  # INFO has every URL
 
 
 def hush_clients() -> None:
-    """Keep from the log what client libraries tell at DEBUG: signed URLs, and headers with tokens. For whom the root
-    logger is at DEBUG for another reason; a library's own logger, once it has a level, is left as it is."""
-    for name in _CLIENTS:
+    """Keep from the log what client libraries tell there: signed URLs, and headers with tokens. For whom the root
+    logger is at DEBUG or INFO for another reason; a library's own logger, once it has a level, is left as it is."""
+    for name, level in _CLIENTS.items():
         log = logging.getLogger(name)
         if log.level == logging.NOTSET:
-            log.setLevel(logging.INFO)
+            log.setLevel(level)
 
 
 class Secrets:

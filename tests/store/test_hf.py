@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from loader.errors import CatalogError, PinError, StoreError
-from loader.store.base import Access
+from loader.store.base import Access, Backend
 from loader.store.store import Store
 from tests.hub import Hub, hub_server
 from tests.proxy import CountingProxy, Reply
@@ -33,8 +33,8 @@ def directory(tmp_path) -> Path:
     return directory
 
 
-def open_store(hub: Hub, uri: str, **options: object) -> Store:
-    return Store(Access(uri, {**hub.storage_options, **options}, 4, 5.0), retries=2, deadline=60)
+def open_store(hub: Hub, uri: str, backend: Backend = "auto", **options: object) -> Store:
+    return Store(Access(uri, {**hub.storage_options, **options}, 4, 5.0, backend), retries=2, deadline=60)
 
 
 def read(store: Store, pin: str, start: int = 0) -> bytes:
@@ -43,24 +43,26 @@ def read(store: Store, pin: str, start: int = 0) -> bytes:
     return bytes(buffer)
 
 
-def test_a_branch_that_moves_changes_nothing(hub, directory):
+@pytest.mark.parametrize("backend", ["direct", "fsspec"])
+def test_a_branch_that_moves_changes_nothing(hub, directory, backend):
     old = hub.put(directory, "org/name")
-    store = open_store(hub, "hf://org/name")
+    store = open_store(hub, "hf://org/name", backend)
     pin = store.stat(NAME).pin
     assert pin.startswith(f"{old}/")
     (directory / NAME).write_bytes(NEW)
     new = hub.put(directory, "org/name")
     assert read(store, pin) == OLD[:100]
     for uri, data in {f"@{old}": OLD, "@main": NEW, f"@{new}": NEW, "": NEW}.items():
-        store = open_store(hub, f"hf://org/name{uri}")
+        store = open_store(hub, f"hf://org/name{uri}", backend)
         assert read(store, store.stat(NAME).pin) == data[:100]
 
 
-def test_a_directory_in_the_repository(hub, directory, tmp_path):
+@pytest.mark.parametrize("backend", ["direct", "fsspec"])
+def test_a_directory_in_the_repository(hub, directory, tmp_path, backend):
     (tmp_path / "whole").mkdir()
     directory.rename(tmp_path / "whole" / "sub")
     hub.put(tmp_path / "whole", "org/name")
-    store = open_store(hub, "hf://org/name/sub")
+    store = open_store(hub, "hf://org/name/sub", backend)
     assert store.names() == ["config.json", NAME]
     assert read(store, store.stat(NAME).pin, 11) == OLD[11:111]
     assert open_store(hub, "hf://org/name").names() == []
@@ -86,6 +88,27 @@ def test_the_hub_is_asked_once_for_a_files_url_and_again_when_it_has_expired(hub
         assert read(store, pin) == OLD[:100]
         assert store.tally.retries == 1
         assert sum(r.method == "HEAD" for r in proxy.requests) == 2
+
+
+@pytest.mark.parametrize("path", ["/api/", "/resolve/", "/lfs/"])
+@pytest.mark.parametrize("backend", ["direct", "fsspec"])
+def test_a_connection_that_is_cut_is_tried_again(hub, directory, backend, path):
+    """Whichever HTTP client the hub's library has: its errors are of that client's types."""
+    hub.put(directory, "org/name")
+    cut = []
+
+    def once(request, forward):
+        if path in request.path and not cut:
+            cut.append(request.method)
+            raise ConnectionResetError
+        return forward(request)
+
+    with CountingProxy(hub.endpoint) as proxy:
+        proxy.on_request(once)
+        store = open_store(hub.at(proxy.url), "hf://org/name", backend)
+        assert read(store, store.stat(NAME).pin) == OLD[:100]
+    assert cut
+    assert store.tally.retries or backend == "fsspec"  # whose client may have tried again itself
 
 
 @pytest.mark.parametrize("what", ["X-Linked-ETag", "X-Repo-Commit"])

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urljoin
 
-import httpx
 from fsspec.core import url_to_fs
 from huggingface_hub import get_session, hf_hub_url
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HfUriError, HFValidationError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HfUriError, HFValidationError, HTTPError
 from huggingface_hub.utils import HfUri, parse_hf_uri
 
+from loader.store.aside import Aside
 from loader.store.base import (
     Access,
     Address,
     Addressed,
+    Filler,
     Scheme,
     Stat,
     Transient,
@@ -40,11 +43,14 @@ class HfScheme:
 
     direct = True
 
-    def __init__(self, fs: Any, repo: HfUri, timeout: float) -> None:
+    def __init__(self, fs: Any, repo: HfUri, timeout: float, until: float) -> None:
+        """At `until` (monotonic) all reading through the file system ends."""
         self.fs = fs
         self.repo = repo
         self.directory = f"{repo.path_in_repo.rstrip('/')}/" if repo.path_in_repo else ""
         self.timeout = timeout
+        self._aside = Aside(math.inf, until)
+        self.close = self._aside.close
         self._files: dict[str, Stat] | None = None
         self._lock = threading.Lock()
 
@@ -80,6 +86,23 @@ class HfScheme:
                     raise FileNotFoundError(f"no files in {self.directory or 'the repository'}")
             return self._files
 
+    def read(self, name: str, pin: str, start: int, buffer: memoryview, _: float) -> None:
+        """Through the file system, which goes by the hub for each range."""
+        commit = pin.partition("/")[0]
+        path = (
+            replace(self.repo, revision=commit, path_in_repo=f"{self.directory}{name}").to_uri().removeprefix("hf://")
+        )
+
+        def get(_: object) -> bytes:
+            try:
+                return bytes(self.fs.cat_file(path, start=start, end=start + len(buffer)))
+            except Exception as error:
+                raise _translated(error) from error
+
+        filler = Filler(buffer)
+        filler.add(self._aside.call(get))
+        filler.finish()
+
     def address(self, name: str, pin: str) -> Address:
         """Raises PinError where the hub says that the file's bytes are others. A signed URL gets no token: that is the
         hub's."""
@@ -89,7 +112,7 @@ class HfScheme:
         headers = self.fs._api._build_hf_headers()  # noqa: SLF001 - as its own files do
         try:
             reply = get_session().head(url, headers=headers, timeout=self.timeout, follow_redirects=False)
-        except httpx.TransportError as error:
+        except HTTPError as error:  # of the HTTP client that this version of the hub's has: httpx's, or httpx2's
             raise Transient(told(error)) from error
         if not reply.is_redirect and (refused := by_status(reply.status_code, reply.reason_phrase)):
             raise refused
@@ -112,7 +135,7 @@ def _oid(file: Any) -> str:
 
 def _translated(error: Exception) -> Exception:
     """What the hub's client raises, in our words. It says of a repository that it may not show that there is none."""
-    if isinstance(error, HFValidationError | HfUriError):
+    if isinstance(error, HFValidationError | HfUriError | FileNotFoundError):
         return FileNotFoundError(told(error))
     if isinstance(error, GatedRepoError):
         return PermissionError("a gated repository: accept its terms on the hub, and give a token that may read it")
@@ -120,12 +143,12 @@ def _translated(error: Exception) -> Exception:
         if error.response.status_code == 401:
             return FileNotFoundError(f"{told(error)} (or it is private: give a token, as HF_TOKEN)")
         return refusal(error.response.status_code, told(error)) or Transient(told(error))
-    return Transient(told(error)) if isinstance(error, httpx.TransportError | OSError) else Unusable(told(error))
+    return Transient(told(error)) if isinstance(error, HTTPError | OSError) else Unusable(told(error))
 
 
 def open_scheme(access: Access) -> Scheme | Addressed:
     fs, path = url_to_fs(access.uri, **access.storage_options, skip_instance_cache=True)
     repo = parse_hf_uri(f"hf://{path}")
-    if repo.is_bucket or access.backend == "fsspec":
-        return OtherScheme(fs, path, access.until)
-    return HfScheme(fs, repo, access.timeout)
+    if repo.is_bucket:
+        return OtherScheme(fs, path, access.until, verdict=_translated)
+    return HfScheme(fs, repo, access.timeout, access.until)
