@@ -199,7 +199,7 @@ def test_the_stores_host_that_is_lost_ends_the_other(job):
 
 def test_sigterm_ends_it_cleanly(job):
     finished = job.run(lambda agents: [agent.send_signal(signal.SIGTERM) for agent in agents])
-    assert job.seconds < 60  # a busy machine takes its time
+    assert job.seconds < 15  # within which a launcher's own grace, often 30 s, is not spent
     assert finished.returncode != 0
     told = _told(finished)
     assert told, finished.stderr

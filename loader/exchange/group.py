@@ -49,14 +49,25 @@ def fake_group(rank: int, world_size: int) -> Iterator[None]:
 
 
 def own_device(wanted: str) -> torch.device:
-    """`auto` is this rank's CUDA device where there is one, else the CPU. Raises ConfigError where there is no CUDA.
-
-    A launcher may show each rank its own device alone, under whichever LOCAL_RANK.
-    """
+    """`auto` is this rank's CUDA device where there is one, else the CPU. Raises ConfigError where there is no CUDA."""
     if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("model.device: cuda, but torch finds no CUDA device here: set it to auto or cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    index = device_index(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count())
+    device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
+
+
+def device_index(local_rank: int, count: int) -> int:
+    """Which of a host's `count` visible CUDA devices is this rank's. Raises ConfigError where it would be another's.
+
+    The one that LOCAL_RANK numbers; the only one, where a launcher shows each rank its own alone.
+    """
+    if 1 < count <= local_rank:
+        raise ConfigError(
+            f"local rank {local_rank} has no CUDA device of its own: there are {count} here. "
+            "Start as many ranks on a host as it has devices"
+        )
+    return 0 if count == 1 else local_rank

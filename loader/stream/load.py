@@ -87,10 +87,7 @@ def fill(
     `wanted` are the numbers of the catalog's keys that must be used (see `make_demand`). `memory` is started by the
     caller and stopped here. `show` is how rank 0 shows the progress.
     """
-    with control.phase("budget"):
-        together = partners(outputs.values())
-        waits = on_any_rank(control, "waits", bool(together))
-        terms = Terms.of(together, manner.memory_budget, manner.range_size, manner.reserved, waits=waits)
+    terms = _terms(control, outputs, manner)
     with control.phase("targets"):
         demand, landings = make_demand(targets, outputs, catalog, wanted, terms.portion, control.recorder)
     planned = agree_on_plan(control, demand, catalog, share=manner.share, node=manner.node, terms=terms)
@@ -100,20 +97,15 @@ def fill(
     memory.landed = lambda: min(fresh, landings.landed_bytes)
     landings.fill()
     shards = [target.tensor for target in targets]
+    read_range = _reader(catalog, store, checks, control.recorder)
+    slots, concurrency = terms.limits.rounds_in_flight, store.most_at_once
+    loop_before = loop_seconds()
     with _transport(control, manner, cuda_device(shards)) as transport:
+        stage = stage_for(shards)
         pipeline = Pipeline(
-            schedule,
-            catalog,
-            _reader(catalog, store, checks, control.recorder),
-            landings,
-            control,
-            transport,
-            stage_for(shards),
-            slots=terms.limits.rounds_in_flight,
-            concurrency=store.most_at_once,
+            schedule, catalog, read_range, landings, control, transport, stage, slots=slots, concurrency=concurrency
         )
         control.todo_bytes = schedule.read_bytes
-        loop_before = loop_seconds()
         _run(pipeline, control, planned.read_bytes, show if control.rank == 0 else None)
     busy, checked = loop_seconds() - loop_before, None
     if checks is not None:
@@ -129,6 +121,13 @@ def fill(
         busy,
         checked,
     )
+
+
+def _terms(control: Control, outputs: Outputs, manner: Manner) -> Terms:
+    with control.phase("budget"):
+        together = partners(outputs.values())
+        waits = on_any_rank(control, "waits", bool(together))
+        return Terms.of(together, manner.memory_budget, manner.range_size, manner.reserved, waits=waits)
 
 
 def _checks(control: Control, claims: Claims | None, plan: Plan, catalog: Catalog) -> Checks | None:
