@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from operator import itemgetter
 
 import torch
 import torch.distributed as dist
@@ -73,26 +74,29 @@ class DeviceBatch:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._works: list[dist.Work] = []
         self._group = group
-        self._messages: list[dist.P2POp] = []
+        self._messages: list[tuple[int, list[dist.P2POp]]] = []
 
-    def send(self, view: Tensor, ranks: Sequence[int]) -> Sequence[Work]:
+    def send(self, number: int, view: Tensor, ranks: Sequence[int]) -> Sequence[Work]:
         check = check_of(view)
-        return [self._add(dist.isend, view, to, check) for to in ranks]
+        return [self._add(number, dist.isend, view, to, check) for to in ranks]
 
-    def receive(self, view: Tensor, sender: int) -> Work:
-        return self._add(dist.irecv, view, sender, torch.empty(1, dtype=torch.int64, device=view.device))
+    def receive(self, number: int, view: Tensor, sender: int) -> Work:
+        return self._add(number, dist.irecv, view, sender, torch.empty(1, dtype=torch.int64, device=view.device))
 
     def start(self) -> None:
-        if self._messages:
-            self._works = dist.batch_isend_irecv(self._messages)
+        """Between two ranks messages have no tags: they are told apart by their order."""
+        in_order = [op for _, ops in sorted(self._messages, key=itemgetter(0)) for op in ops]
+        if in_order:
+            self._works = dist.batch_isend_irecv(in_order)
 
     def wait(self) -> None:
         """Let the current stream wait for all of them: once, for it is the same stream that needs them all."""
         while self._works:
             self._works.pop().wait()
 
-    def _add(self, way: Callable[..., dist.Work | None], view: Tensor, peer: int, check: Tensor) -> Work:
-        self._messages += [dist.P2POp(way, each, peer, group=self._group) for each in (view, check)]
+    def _add(self, number: int, way: Callable[..., dist.Work | None], view: Tensor, peer: int, check: Tensor) -> Work:
+        ops = [dist.P2POp(way, each, peer, group=self._group) for each in (view, check)]
+        self._messages.append((number, ops))
         return DeviceWork(self, peer, check)
 
 

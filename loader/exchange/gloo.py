@@ -20,6 +20,11 @@ def crc32c(memory: Tensor) -> int:
     return crc("CRC32C", memory.numpy().data)
 
 
+def _tagged(number: int, view: Tensor, check: Tensor) -> tuple[tuple[int, Tensor], ...]:
+    """A message's two parts under gloo's tags: 6 and 7 for message number 3."""
+    return (2 * number, view), (2 * number + 1, check)
+
+
 class GlooWork:
     """A message to or from rank `peer`: its bytes, and behind them, 8 bytes, their CRC."""
 
@@ -60,19 +65,25 @@ class GlooTransport:
     def start(self) -> None:
         pass
 
-    def send(self, view: Tensor, ranks: Sequence[int]) -> Sequence[Work]:
+    def send(self, number: int, view: Tensor, ranks: Sequence[int]) -> Sequence[Work]:
         check = torch.tensor([crc32c(view)])
         works = []
         for to in ranks:
             with connected(to):
-                sent = [dist.isend(each, group=self._group, group_dst=to) for each in (view, check)]
+                sent = [
+                    dist.isend(each, group=self._group, group_dst=to, tag=tag)
+                    for tag, each in _tagged(number, view, check)
+                ]
             works.append(GlooWork(sent, to, check))
         return works
 
-    def receive(self, view: Tensor, sender: int) -> Work:
+    def receive(self, number: int, view: Tensor, sender: int) -> Work:
         check = torch.zeros(1, dtype=torch.int64)
         with connected(sender):
-            coming = [dist.irecv(each, group=self._group, group_src=sender) for each in (view, check)]
+            coming = [
+                dist.irecv(each, group=self._group, group_src=sender, tag=tag)
+                for tag, each in _tagged(number, view, check)
+            ]
         return GlooWork(coming, sender, check)
 
     def close(self) -> None:

@@ -25,19 +25,19 @@ class Work(Protocol):
 
 
 class Batch(Protocol):
-    """The messages of one round. Those between two ranks arrive in the order sent."""
+    """The messages of one round, in any order: both ends know a message by its `number`, its own in the whole load."""
 
-    def send(self, view: Tensor, ranks: Sequence[int]) -> Sequence[Work]:
+    def send(self, number: int, view: Tensor, ranks: Sequence[int]) -> Sequence[Work]:
         """Send a contiguous uint8 tensor, which must stay as it is until the works are done.
 
         Raises LostRankError where the connection broke.
         """
 
-    def receive(self, view: Tensor, sender: int) -> Work:
+    def receive(self, number: int, view: Tensor, sender: int) -> Work:
         """Receive into a contiguous uint8 tensor. Raises LostRankError where the connection broke."""
 
     def start(self) -> None:
-        """All the round's messages have been given. Before this none need be under way."""
+        """All the round's messages have been given. Before this none need be under way. Rounds start in their order."""
 
 
 class Transport(Protocol):

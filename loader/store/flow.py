@@ -42,6 +42,7 @@ class Flow:
 
     def __init__(self, places: int, most: int) -> None:
         """`places` are had at first, `most` at most."""
+        self._first = places
         self.places = places
         self.most = most
         self._taken = 0
@@ -76,6 +77,13 @@ class Flow:
             elif self._growing:
                 self._measure(size)
 
+    def begin(self) -> None:
+        """What is read from here on is of another kind, ranges after headers: how many at once pay is to be seen."""
+        with self._lock:
+            if self._calm_at is None:
+                self._rate, self._growing = 0.0, self._first < self.most
+                self._give(self._first)
+
     def throttled(self) -> None:
         """The server asked for fewer requests: half of the places go, once for those who were asked side by side."""
         with self._lock:
@@ -85,9 +93,6 @@ class Flow:
             self._calm_at = now + CALM
 
     def _measure(self, size: int) -> None:
-        if not self._waiting:  # more places would have nothing to read
-            self._ranges = self._bytes = 0
-            return
         if not self._ranges:
             self._since = time.monotonic()  # from the end of a range on: the wait before the first is no rate
         else:

@@ -159,6 +159,10 @@ class Store:
             self._fill(name, stat.pin, 0, memoryview(buffer), counted=False)
         return bytes(buffer)
 
+    def begin(self) -> None:
+        """From here on it is the checkpoint's ranges that are read: how many at once pay is found anew."""
+        self._flow.begin()
+
     def read(self, name: str, pin: str, start: int, buffer: memoryview) -> Asked:
         """Fill `buffer` with the bytes from `start` on, of the version `pin`. Raises StoreError, PinError."""
         return self._fill(name, pin, start, buffer, counted=True) if len(buffer) else Asked(0, 0, 0.0)

@@ -106,6 +106,7 @@ def fill(
             schedule, catalog, read_range, landings, control, transport, stage, slots=slots, concurrency=concurrency
         )
         control.todo_bytes = schedule.read_bytes
+        store.begin()
         _run(pipeline, control, planned.read_bytes, show if control.rank == 0 else None)
     busy, checked = loop_seconds() - loop_before, None
     if checks is not None:

@@ -1,18 +1,19 @@
 """Rounds through read, exchange and write, side by side.
 
 Reader threads fill buffers ahead; one thread (this module's `run`) owns the transport: it opens rounds in order, as
-soon as there is room, uploads what was read to where the shards are, and sends it. The writer thread waits for what the
-others send, and writes it: so what was read is not held back until another rank has sent what it is late with. A
-round's memory is one slot, used again only when everything in it was sent and written.
+soon as there is room, uploads what was read to where the shards are, and sends it, whichever came first. The writer
+thread waits for what the others send, and writes it: so what was read is not held back until another rank has sent what
+it is late with. A round's memory is one slot, used again only when everything in it was sent and written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from queue import Empty, SimpleQueue
 
 from torch import Tensor
 
@@ -28,16 +29,17 @@ from loader.stream.buffers import Buffer, Slot, as_tensor, put
 from loader.stream.stage import Stage
 
 LOOK = 0.2
-"""Seconds between looks at the job's error while waiting for a read."""
+"""Seconds between looks at the job's error while waiting for news."""
 
 
 @dataclass(slots=True)
 class _Open:
-    """A round in flight."""
+    """A round in flight. `reads` are those that have not been sent, by extent."""
 
     round: Round
     batch: Batch | None
-    reads: list[tuple[Read, Buffer, Future[None]]] = field(default_factory=list)
+    slot: Slot
+    reads: dict[int, tuple[Read, Buffer]] = field(default_factory=dict)
     receives: list[tuple[Receive, Buffer, Work]] = field(default_factory=list)
     sends: list[Work] = field(default_factory=list)
     done: Future[None] = field(default_factory=Future)  # nothing uses its memory any more
@@ -50,7 +52,7 @@ class Pipeline:
     took. `transport` may be None where the plan sends nothing. `stage` is where the shards are. `concurrency` ranges
     are read at once.
 
-    The control's recorder gets a span GET for each range; read, while a range is waited for that is next; exchange,
+    The control's recorder gets a span GET for each range; read, while ranges are waited for; exchange,
     while a message is packed and sent, or waited for; write, while a shard is written, and convert within it; slot,
     while all rounds in flight are waited for.
     """
@@ -83,6 +85,7 @@ class Pipeline:
         self._slots = [Slot(stage.allocate) for _ in range(slots)]
         self._flights: list[_Open] = []  # of each slot the last round, which may be done
         self._opened = 0
+        self._news: SimpleQueue[tuple[_Open, int] | None] = SimpleQueue()  # what was read, None for a slot that is free
         self._readers = ThreadPoolExecutor(concurrency, thread_name_prefix="loader-read")
         self._writer = Caller("loader-write")  # which may wait for a lost rank for ever
 
@@ -95,8 +98,7 @@ class Pipeline:
                     self._open_next()
                 if number == self._opened:
                     break
-                self._open_ahead()
-                self._send(self._flights[number % len(self._slots)])
+                self._finish_sending(self._flights[number % len(self._slots)])
             self._wait_for(self._flights)
             for slot in self._slots:
                 slot.close()
@@ -127,24 +129,24 @@ class Pipeline:
 
     def _open(self, number: int) -> _Open:
         """Lay out the round's memory, queue its reads, and post all its receives."""
-        flight = _Open(self._schedule.round(number), self._transport.batch() if self._transport else None)
+        slot = self._slots[number % len(self._slots)]
+        flight = _Open(self._schedule.round(number), self._transport.batch() if self._transport else None, slot)
         todo = flight.round
         packed = [message.size for read in todo.reads for message, _ in read.sends if message.begin is None]
         sizes = [*packed, *(read.size for read in todo.reads), *(r.message.size for r in todo.receives)]
-        slot = self._slots[number % len(self._slots)]
         slot.prepare(sum(sizes), len(sizes))
         for read in todo.reads:
             buffer = slot.take(read.size, read.start)
-            future = self._readers.submit(self._read, read, buffer.host)
-            flight.reads.append((read, buffer, future))
+            flight.reads[read.extent] = (read, buffer)
+            self._readers.submit(self._read, flight, read, buffer.host)
         for receive in todo.receives:
             assert flight.batch is not None, "a rank alone exchanges nothing"
             buffer = slot.take(receive.message.size)
-            work = flight.batch.receive(self._exchanged(buffer), receive.sender)
+            work = flight.batch.receive(receive.extent, self._exchanged(buffer), receive.sender)
             flight.receives.append((receive, buffer, work))
         return flight
 
-    def _read(self, read: Read, memory: Tensor) -> None:
+    def _read(self, flight: _Open, read: Read, memory: Tensor) -> None:
         with self._failing():
             if self._control.error is None:
                 name = self._catalog.files[read.file].name
@@ -153,28 +155,47 @@ class Pipeline:
                     span.begin_later(asked.waited)
                     span.facts |= {"gets": asked.gets, "retries": asked.retries}
                 self._control.has_read(read.size)
+                self._news.put((flight, read.extent))
 
-    def _send(self, flight: _Open) -> None:
-        """Send each extent as soon as it is there, and leave it to the writer to take what the others send."""
-        slot = self._slots[flight.round.number % len(self._slots)]
-        for read, buffer, future in flight.reads:
-            arrived = self._await_read(future)
-            with self._stage.uploading():
-                self._stage.upload(buffer)
-                for message, ranks in read.sends:
-                    assert flight.batch is not None, "a rank alone exchanges nothing"
-                    with self._recorder.span("exchange", bytes=message.size, to=len(ranks)):
-                        payload = self._payload(message, self._exchanged(buffer), slot, arrived=arrived)
-                        flight.sends += flight.batch.send(payload, ranks)
-                    self.exchanged_bytes += message.size * len(ranks)
-            if arrived and read.own.pieces:
-                self._writer.submit(partial(self._write_own, read.own, buffer.there))
+    def _finish_sending(self, flight: _Open) -> None:
+        """Send what this rank reads of the round, and leave it to the writer to take what the others send.
+
+        Meanwhile further rounds are opened, and what comes of them is sent as well. Once the job has failed, what has
+        not come is sent as it is: the others may be waiting for it.
+        """
+        while flight.reads and self._control.error is None:
+            self._open_ahead()
+            if (came := self._await_news()) is not None:
+                self._send(*came, arrived=True)
+        for extent in list(flight.reads):
+            self._send(flight, extent, arrived=False)
         if flight.batch is not None:
             with self._stage.uploading():
                 flight.batch.start()
         for receive, buffer, work in flight.receives:
             self._writer.submit(partial(self._receive, receive, buffer, work))
         self._writer.submit(partial(self._end, flight))  # the last of the round's, which are done in turn
+
+    def _await_news(self) -> tuple[_Open, int] | None:
+        """A range that has been read; None where a slot has become free, or after a while."""
+        with self._recorder.span("read"):
+            try:
+                return self._news.get(timeout=LOOK)
+            except Empty:
+                return None
+
+    def _send(self, flight: _Open, extent: int, *, arrived: bool) -> None:
+        read, buffer = flight.reads.pop(extent)
+        with self._stage.uploading():
+            self._stage.upload(buffer)
+            for message, ranks in read.sends:
+                assert flight.batch is not None, "a rank alone exchanges nothing"
+                with self._recorder.span("exchange", bytes=message.size, to=len(ranks)):
+                    payload = self._payload(message, self._exchanged(buffer), flight.slot, arrived=arrived)
+                    flight.sends += flight.batch.send(extent, payload, ranks)
+                self.exchanged_bytes += message.size * len(ranks)
+        if arrived and read.own.pieces:
+            self._writer.submit(partial(self._write_own, read.own, buffer.there))
 
     def _end(self, flight: _Open) -> None:
         """Wait for what is sent, and give the round's memory free."""
@@ -186,16 +207,7 @@ class Pipeline:
                 self._stage.settle()
         finally:
             flight.done.set_result(None)
-
-    def _await_read(self, future: Future[None]) -> bool:
-        """Whether the read's bytes are there; False once the job has failed. Meanwhile further rounds are opened."""
-        with self._recorder.span("read"):
-            while self._control.error is None:
-                self._open_ahead()
-                wait([future, *(flight.done for flight in self._in_the_way())], LOOK, FIRST_COMPLETED)
-                if future.done():
-                    return future.exception() is None
-            return False
+            self._news.put(None)
 
     def _payload(self, message: Message, memory: Tensor, slot: Slot, *, arrived: bool) -> Tensor:
         """The message's bytes: a view of the extent where they are one run of it, else packed."""

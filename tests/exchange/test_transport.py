@@ -26,13 +26,13 @@ def _messages(size: int, flipped: int | None, device: bool) -> str | None:
     sent = [torch.arange(size, dtype=torch.uint8) + number for number in range(2)]
     said = None
     if rank == 0:
-        works = [*batch.send(sent[0], [1, 2]), *batch.send(sent[1], [1, 2])]
+        works = [*batch.send(1, sent[1], [1, 2]), *batch.send(0, sent[0], [1, 2])]  # as they came
         batch.start()
         for work in works:
             work.wait()
     else:
         memories = [torch.zeros_like(expected) for expected in sent]
-        works = [batch.receive(memory, 0) for memory in memories]
+        works = [batch.receive(number, memory, 0) for number, memory in enumerate(memories)]
         batch.start()
         for number, (expected, memory, work) in enumerate(zip(sent, memories, works, strict=True)):
             work.wait()

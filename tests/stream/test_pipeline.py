@@ -1,11 +1,10 @@
-import concurrent.futures
 import time
 
 import torch
 
 import loader
 from loader.exchange.gloo import GlooTransport
-from loader.stream import pipeline
+from loader.stream.pipeline import Pipeline
 from tests.proxy import CountingProxy
 from tests.ranks import run_ranks
 from tests.shards import write_file
@@ -19,16 +18,21 @@ def load(uri, options, log):
     rank = torch.distributed.get_rank()
     send = GlooTransport.send
 
-    def noted(self, view, to):
+    def noted(self, number, view, to):
         with log.open("a") as file:
             file.write(f"{view.numel()}\n")
-        return send(self, view, to)
+        return send(self, number, view, to)
 
     if rank == 0:
         GlooTransport.send = noted
     state = {"weight": torch.zeros(2048, 1024)}
     report = loader.load(state, uri, storage_options=options[rank], **OPTIONS)
     return report.ranks[0].exchanged_bytes, state["weight"].sum().item()
+
+
+def size(request):
+    first, last = map(int, request.range.removeprefix("bytes=").split("-"))
+    return last + 1 - first
 
 
 def sent(log):
@@ -60,21 +64,46 @@ def test_what_was_read_is_sent_while_another_rank_is_late_with_an_earlier_round(
     assert seen[1] < found[0][0], "it held nothing back"
 
 
+def test_a_range_that_is_late_holds_back_none_that_has_come(s3, tmp_path):
+    """Rank 0's first range is held until it has sent four that it asked for after it."""
+    directory, log = tmp_path / "checkpoint", tmp_path / "sent"
+    directory.mkdir()
+    write_file(directory / "model.safetensors", {"weight": torch.ones(2048, 1024)})
+    uri, seen = s3.put(directory), []
+
+    def hold(request, forward):
+        if request.rank == 0 and request.range and size(request) > 64 << 10 and not seen:
+            seen.append(request)
+            until = time.monotonic() + 20
+            while sent(log) < 512 << 10 and time.monotonic() < until:
+                time.sleep(0.01)
+            seen.append(sent(log))
+        return forward(request)
+
+    with CountingProxy(s3.endpoint, listeners=2) as proxy:
+        proxy.on_request(hold)
+        options = [s3.at(proxy.url_for(rank)).storage_options for rank in range(2)]
+        found = run_ranks(2, load, uri, options, log)
+    assert [total for _, total in found] == [2048 * 1024] * 2
+    assert seen[1] >= 512 << 10
+
+
 def test_waiting_for_the_last_ranges_costs_nothing(s3, tmp_path, monkeypatch):
     """With all rounds open, and the first of them done, a look at a late read is one in 0.2 s."""
     write_file(tmp_path / "model.safetensors", {"weight": torch.ones(2048, 1024)})
     looks, held = [], []
 
-    def look(*args):
+    def look(self):
         looks.append(len(held))
-        return concurrent.futures.wait(*args)
+        return await_news(self)
 
     def hold(request, forward):
         if request.range and f"-{(tmp_path / 'model.safetensors').stat().st_size - 1}" in request.range:
             held.append(time.sleep(1))
         return forward(request)
 
-    monkeypatch.setattr(pipeline, "wait", look)
+    await_news = Pipeline._await_news
+    monkeypatch.setattr(Pipeline, "_await_news", look)
     with CountingProxy(s3.endpoint) as proxy:
         proxy.on_request(hold)
         report = loader.load(
