@@ -16,16 +16,16 @@ from loader.convert.graph import Node, partners, seen_in
 from loader.errors import ConfigError
 from loader.exchange.control import Control
 from loader.exchange.group import fake_group
+from loader.ground.logs import Voice
 from loader.job import Job
-from loader.logs import Voice
 from loader.place.everywhere import Everywhere
 from loader.place.mesh import make_mesh
 from loader.place.user_code import resolve
 from loader.plan.claims import checkable
 from loader.plan.forecast import CONNECTION, Links, Times, times
 from loader.plan.needs import Ints
-from loader.predicted import Predicted, Spread
 from loader.report import RankReport, Report, Seconds, merge
+from loader.report.predicted import Predicted, Spread
 from loader.stream.foresight import Foresight
 from loader.stream.outlook import Outlook, look_ahead
 from loader.stream.planning import Terms

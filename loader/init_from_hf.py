@@ -22,7 +22,7 @@ from loader.errors import LoaderError, TerminatedError
 from loader.exchange.control import Control
 from loader.exchange.group import own_device, process_group
 from loader.exchange.watch import BEAT, LOST_AFTER
-from loader.logs import Voice
+from loader.ground.logs import Voice
 from loader.run import run
 
 LEAVE = 3.0

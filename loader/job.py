@@ -24,11 +24,11 @@ from loader.errors import CatalogError, ConfigError
 from loader.exchange.control import Control
 from loader.exchange.node import node_name
 from loader.formats.hf_config import vocab_size
-from loader.memory import PeakMemory, anonymous_bytes
+from loader.ground.memory import PeakMemory, anonymous_bytes
+from loader.ground.progress import Show
 from loader.place.initialise import initialiser
 from loader.place.targets import Target, targets_of
 from loader.place.user_code import resolve
-from loader.progress import Show
 from loader.store.base import Access
 from loader.store.flow import PLACE_BYTES, most_places
 from loader.store.schemes import client_bytes, import_scheme

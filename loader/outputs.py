@@ -9,18 +9,19 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from loader.build import Model
-from loader.caller import within
 from loader.config import Output
 from loader.errors import LoaderError, LostRankError
 from loader.exchange.control import Control
 from loader.exchange.node import node_name
-from loader.logs import Voice
+from loader.ground.caller import within
+from loader.ground.logs import Voice
+from loader.ground.uri import public_uri
 from loader.place.layout import layout_of
 from loader.place.targets import held_in, targets_of
 from loader.report import Source
-from loader.sinks import assets, checkpoint, directory, local, manifest
+from loader.sinks import assets, directory, local, manifest
 from loader.stream.planning import alike_on_all_ranks, pack, unpack
-from loader.uri import public_uri
+from loader.stream.save import save
 
 REMOVAL, REMOVAL_AFTER_A_LOSS = 4.0, 1.0
 """Seconds to remove what a run that fails has begun: all ranks are to end within 10, and a lost one was missed for 7.
@@ -112,8 +113,7 @@ class Outputs:
     def save(self, model: Model, source: Source, fingerprint: str | None) -> None:
         """Write `model`, filled, on every rank. Without an entrypoint its memory is given up on the way."""
         if self.checkpoint is not None:
-            with self._control.phase("save"):
-                checkpoint.save(targets_of(model), self.checkpoint)
+            save(targets_of(model), self.checkpoint, self._control)
         if self.local is not None:
             self._save_local(self.local, model, source, fingerprint)
 

@@ -12,7 +12,7 @@ from loader.account import report_on
 from loader.build import build_model, needless_keys, open_job, own_conversion, wishes_of
 from loader.config import Config, resolve_mesh
 from loader.exchange.control import Control
-from loader.logs import PLAIN, Voice
+from loader.ground.logs import PLAIN, Voice
 from loader.outputs import prepared
 from loader.place.mesh import make_mesh
 from loader.place.user_code import resolve

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from loader.errors import LoaderError, LostRankError, SinkError
 from loader.exchange.clocks import Offset, clock_offset
 from loader.exchange.control import Control
-from loader.recording import Event
+from loader.ground.recording import Event
 from loader.sinks.document import write_document
 from loader.stream.planning import pack, unpack
 

@@ -51,13 +51,13 @@ Fault = Callable[[Get], Reply | None]
 
 
 class Misbehaving:
-    """The hook. `faults` by directory; `change(directory, how)` makes another object of the file there.
+    """The hook. `faults` by directory, or one for all; `change(directory, how)` makes another object of the file there.
 
     `failed` counts by directory what was not served as asked; `asked` are the times of each range's GETs.
     """
 
-    def __init__(self, faults: dict[str, Fault], change: Callable[[str, str], Any] = lambda *_: None) -> None:
-        self.faults = faults
+    def __init__(self, faults: dict[str, Fault] | Fault, change: Callable[[str, str], Any] = lambda *_: None) -> None:
+        self._fault_of = faults.get if isinstance(faults, dict) else lambda _: faults
         self.change = change
         self.failed: dict[str, int] = defaultdict(int)
         self.asked: dict[tuple[str, int, int], list[float]] = defaultdict(list)
@@ -70,14 +70,15 @@ class Misbehaving:
         if request.method != "GET" or not request.path.endswith(FILE) or not request.range:
             return forward(request)
         get = Get(request, forward, 0, self)
-        if get.first == 0 or get.directory not in self.faults:  # the header
+        fault = self._fault_of(get.directory)
+        if get.first == 0 or fault is None:  # the header
             return forward(request)
         with self.lock:
             get = dataclasses.replace(get, number=next(self._counts[get.directory, request.rank]))
             self.asked[get.directory, request.rank, get.first].append(time.monotonic())
         reply: Reply | None = None
         try:
-            reply = self.faults[get.directory](get)
+            reply = fault(get)
         except ConnectionError:
             self._count(get.directory)
             raise
@@ -138,7 +139,7 @@ def reset(_: Get) -> Reply:
 
 def cut(get: Get) -> Reply:
     """A third of the body, and an orderly end of the connection."""
-    reply, body = _served(get)
+    reply, body = served(get)
     return Reply(reply.status, [*reply.headers, ("Connection", "close")], [body[: len(body) // 3]])
 
 
@@ -150,7 +151,7 @@ def reset_within(get: Get) -> Reply:
         time.sleep(0.05)  # a reset takes away what has not been read
         raise ConnectionResetError
 
-    reply, body = _served(get)
+    reply, body = served(get)
     return Reply(reply.status, reply.headers, chunks(body))
 
 
@@ -162,7 +163,7 @@ def stall(get: Get) -> Reply:
         get.server.stop.wait()
         raise ConnectionResetError
 
-    reply, body = _served(get)
+    reply, body = served(get)
     return Reply(reply.status, reply.headers, chunks(body))
 
 
@@ -181,41 +182,41 @@ def trickle(get: Get) -> Reply:
             if get.server.stop.wait(TRICKLE):
                 raise ConnectionResetError
 
-    reply, body = _served(get)
+    reply, body = served(get)
     return Reply(reply.status, reply.headers, chunks(body))
 
 
 def ignored_range(get: Get) -> Reply:
     """The whole object under status 200, without end: so that reading it would show."""
-    reply, body = _served(get)
+    reply, body = served(get)
     size = str(1 << 40)
-    headers = [(name, value) for name, value in _headers(reply, Content_Length=size) if name.lower() != "content-range"]
+    headers = [(name, value) for name, value in told(reply, Content_Length=size) if name.lower() != "content-range"]
     return Reply(200, headers, itertools.repeat(body))
 
 
 def short_206(get: Get) -> Reply:
     """Half of the range, and honest about it."""
-    reply, body = _served(get)
+    reply, body = served(get)
     half = len(body) // 2
-    told = f"bytes {get.first}-{get.first + half - 1}/*"
-    return Reply(206, _headers(reply, Content_Length=str(half), Content_Range=told), [body[:half]])
+    span = f"bytes {get.first}-{get.first + half - 1}/*"
+    return Reply(206, told(reply, Content_Length=str(half), Content_Range=span), [body[:half]])
 
 
 def long_206(get: Get) -> Reply:
     """More than the range, told as the range."""
-    reply, body = _served(get)
-    return Reply(206, _headers(reply, Content_Length=str(len(body) + 9)), [body, b"and more!"])
+    reply, body = served(get)
+    return Reply(206, told(reply, Content_Length=str(len(body) + 9)), [body, b"and more!"])
 
 
 def other_range(get: Get) -> Reply:
     """As many bytes from elsewhere."""
-    reply, body = _served(get)
-    told = f"bytes {get.first + 1}-{get.first + len(body)}/*"
-    return Reply(206, _headers(reply, Content_Range=told), [body])
+    reply, body = served(get)
+    span = f"bytes {get.first + 1}-{get.first + len(body)}/*"
+    return Reply(206, told(reply, Content_Range=span), [body])
 
 
 def flipped(get: Get) -> Reply:
-    reply, body = _served(get)
+    reply, body = served(get)
     at = min(FLIPPED, len(body) - 1)
     return Reply(206, reply.headers, [body[:at], bytes([body[at] ^ 1]), body[at + 1 :]])
 
@@ -230,12 +231,22 @@ def changes(how: str) -> Fault:
     return fault
 
 
-def _served(get: Get) -> tuple[Reply, bytes]:
+def another_version(get: Get) -> Reply:
+    """The bytes as they are, and headers that say another object's."""
+    reply, body = served(get)
+    return Reply(reply.status, told(reply, ETag='"another"', X_Goog_Generation="1"), [body])
+
+
+# What they are made of
+
+
+def served(get: Get) -> tuple[Reply, bytes]:
     reply = get.forward(get.request)
     return reply, b"".join(map(bytes, reply.chunks))
 
 
-def _headers(reply: Reply, **changed: str) -> list[tuple[str, str]]:
+def told(reply: Reply, **changed: str) -> list[tuple[str, str]]:
+    """The reply's headers, some of them changed."""
     names = {name.replace("_", "-").lower() for name in changed}
     kept = [(name, value) for name, value in reply.headers if name.lower() not in names]
     return [*kept, *((name.replace("_", "-"), value) for name, value in changed.items())]

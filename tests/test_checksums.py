@@ -21,8 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 
 import loader
-from loader.crc import Algorithm, crc, written
 from loader.errors import ConfigError, CorruptionError
+from loader.ground.crc import Algorithm, crc, written
 from tests.checkpoints import random_checkpoint
 from tests.processes import python_path
 from tests.proxy import CountingProxy, Forward, Reply, Request

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from tests.hosts.links import BUCKET, Host, hosts
 from tests.hosts.sealed import call_sealed, why_not
 from tests.misbehaving import Misbehaving, stall
 from tests.processes import seconds_to_end
-from tests.proxy import CountingProxy
+from tests.proxy import CountingProxy, Forward, Reply, Request
 from tests.servers import S3Server, s3_server
 from tests.torchrun import agents, exit_codes, logs_of, torchrun
 
@@ -46,7 +47,12 @@ def end(host: Host) -> None:
         process.kill()
 
 
-LOSSES: dict[str, Callable[[Host], None]] = {"ended": end, "cut off": Host.pull_cables}
+LOSSES: dict[str, tuple[Callable[[Host], None], str]] = {
+    "ended": (end, "reading"),
+    "cut off": (Host.pull_cables, "reading"),
+    "cut off while saving": (Host.pull_cables, "saving"),
+}
+CUT_OFF = [name for name in LOSSES if name.startswith("cut off")]
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,21 @@ class Loss:
     told: dict[int, dict[str, Any]]
     codes: dict[int, int]
     left: list[str]
+
+
+class HeldWrites:
+    """A hook: what is written of a checkpoint's weights is taken, and never answered."""
+
+    def __init__(self) -> None:
+        self.failed = 0
+        self.stop = threading.Event()
+
+    def __call__(self, request: Request, forward: Forward) -> Reply:
+        if request.method in {"PUT", "POST"} and request.path.endswith(".distcp"):
+            self.failed += 1
+            self.stop.wait()
+            raise ConnectionResetError
+        return forward(request)
 
 
 class Job:
@@ -80,11 +101,11 @@ class Job:
         self._command = ["-m", "loader.init_from_hf", "--config", str(config), "--log-format=json"]
         self._env = server.at(proxy.url).environment
 
-    def lose(self, how: Callable[[Host], None]) -> Loss:
-        """Start it, and lose the second host when the bucket holds replies back."""
+    def lose(self, how: Callable[[Host], None], when: str) -> Loss:
+        """Start it, and lose the second host when the bucket holds back its replies to what is read, or saved."""
         folder = Path(tempfile.mkdtemp(dir=self._scratch))
         with (
-            self._held_back() as replies,
+            self._held_back(when) as replies,
             agents(self._machines, EACH, self._command, folder, env=self._env) as started,
         ):
             while not replies.failed:
@@ -111,9 +132,10 @@ class Job:
         return [fqn for fqn, tensor in self._tensors.items() if not same_bits(found[fqn], tensor)]
 
     @contextmanager
-    def _held_back(self) -> Iterator[Misbehaving]:
-        """From the fourth range of weights on, replies stop within their bodies."""
-        replies = Misbehaving({self._uri.rsplit("/", 1)[1]: lambda get: stall(get) if get.number >= 3 else None})
+    def _held_back(self, when: str) -> Iterator[Misbehaving | HeldWrites]:
+        """From the fourth range of weights on replies stop within their bodies, or no write of weights is answered."""
+        faults = {self._uri.rsplit("/", 1)[1]: lambda get: stall(get) if get.number >= 3 else None}
+        replies = Misbehaving(faults) if when == "reading" else HeldWrites()
         self._proxy.on_request(replies)
         try:
             yield replies
@@ -148,8 +170,8 @@ def lose_and_start_again() -> Outcome:
     ):
         job = Job(machines, server, proxy, Path(scratch))
         losses = {}
-        for name, how in LOSSES.items():
-            losses[name] = job.lose(how)
+        for name, (how, when) in LOSSES.items():
+            losses[name] = job.lose(how, when)
             machines[1].plug_cables_in()
         for host in machines:
             host.set_rate("peer", SLOW)
@@ -174,8 +196,9 @@ def test_ranks_that_stay_end_within_10_s_and_name_who_is_lost(outcome, name):
     assert loss.codes == dict.fromkeys(STAYS, 1)
 
 
-def test_ranks_that_are_cut_off_end_as_soon(outcome):
-    loss = outcome[0]["cut off"]
+@pytest.mark.parametrize("name", CUT_OFF)
+def test_ranks_that_are_cut_off_end_as_soon(outcome, name):
+    loss = outcome[0][name]
     assert max(loss.seconds[rank] for rank in LOST) < 10, loss
     for rank in LOST:
         told = loss.told[rank]

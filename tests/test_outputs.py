@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from loader.ground.memory import anonymous_bytes
 from loader.init_from_hf import main
-from loader.memory import anonymous_bytes
 from loader.sinks import local
 from tests.ranks import Outcome, run_ranks
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 import loader
 from loader.exchange import watch
-from loader.pause import Pause
+from loader.ground.pause import Pause
 from tests.checkpoints import random_checkpoint, same_bits
 from tests.proxy import CountingProxy, Forward, Reply, Request
 from tests.ranks import run_ranks

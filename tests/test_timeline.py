@@ -19,8 +19,8 @@ import torch.distributed as dist
 
 import loader
 from loader import timeline
+from loader.ground.recording import Recorder, Span
 from loader.init_from_hf import main
-from loader.recording import Recorder, Span
 from tests.checkpoints import random_checkpoint
 from tests.misbehaving import Get, Misbehaving, first, from_then_on, status
 from tests.proxy import CountingProxy, Forward, Reply, Request

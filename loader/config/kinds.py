@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator, Wit
 from loader.config.values import parse_bytes, parse_dtype, parse_function, parse_seconds, show
 from loader.convert.named import NAMED
 from loader.errors import ConfigError
-from loader.uri import public_uri
+from loader.ground.uri import public_uri
 
 
 def _builder(value: str) -> str:

@@ -11,7 +11,7 @@ from loader.config.mesh import FILL, check_mesh
 from loader.config.section import Proof, Section
 from loader.config.values import parse_bytes, parse_seconds, show
 from loader.errors import ConfigError
-from loader.uri import at_revision, public_uri
+from loader.ground.uri import at_revision, public_uri
 
 # The names torchtitan gives to mesh dims. Of these, a dim of size 1 may be left out of `mesh` and still be spoken of.
 MESH_DIMS = frozenset({"pp", "dp_replicate", "dp_shard", "cp", "tp", "ep", "etp"})

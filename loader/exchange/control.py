@@ -20,8 +20,8 @@ from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr
 
 from loader.errors import LoaderError, LostRankError
 from loader.exchange.watch import BEAT, Watch
-from loader.progress import Reached
-from loader.recording import Recorder
+from loader.ground.progress import Reached
+from loader.ground.recording import Recorder
 
 POLL = (0.001, 0.1)
 """First and longest pause in seconds between looks at a key. (The store's own `wait` cannot be interrupted.)"""
@@ -143,6 +143,14 @@ class Control(Watch):
         for each in names:
             self._wait(each)
         return self.ask(lambda: [bytes(value) for value in self._store.multi_get(names)])
+
+    def scatter(self, name: str, payloads: Sequence[bytes], source: int = 0) -> bytes:
+        """Of what rank `source` gives, a payload for each rank, this rank's."""
+        if self.rank == source:
+            for rank, payload in enumerate(payloads):
+                self._put(f"{name}/{rank}", payload)
+            return payloads[source]
+        return self.take(name, [self.rank])[0]
 
     # What may change, and may be looked at whenever it is there: also after an error.
 

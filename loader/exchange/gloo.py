@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import Store  # type: ignore[attr-defined]  # the stubs hide it
 
-from loader.crc import crc
 from loader.exchange.transport import Batch, Work, connected, corrupted
+from loader.ground.crc import crc
 
 
 def crc32c(memory: Tensor) -> int:

@@ -15,10 +15,10 @@ from typing import TypeVar
 
 from torch.distributed import Store  # type: ignore[attr-defined]  # the stubs hide it
 
-from loader.caller import Caller
 from loader.errors import LoaderError, LostRankError, from_wire, to_wire
 from loader.exchange.node import node_name
-from loader.pause import Pause
+from loader.ground.caller import Caller
+from loader.ground.pause import Pause
 
 T = TypeVar("T")
 

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from loader.convert.graph import Node, Pointwise
 from loader.convert.pull import Fill, Join, Move, pull_back
+from loader.ground.recording import Recorder
 from loader.plan.geometry import Box, portions
-from loader.recording import Recorder
 
 
 class Landings:

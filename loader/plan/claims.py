@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from loader.crc import Algorithm, joined
 from loader.errors import ConfigError
+from loader.ground.crc import Algorithm, joined
 from loader.plan.catalog import Catalog
 from loader.plan.needs import Ints
 

@@ -12,11 +12,11 @@ from typing import Any, Literal
 import humanize
 from pydantic import field_validator
 
-from loader.predicted import Predicted
+from loader.ground.uri import public_uri
 from loader.report.bound import Bound, Reading, advise, bound_by, spent
+from loader.report.predicted import Predicted
 from loader.report.rank import Part, RankReport, Seconds
 from loader.sinks.document import write_document
-from loader.uri import public_uri
 
 LISTED = 5
 """How many files the table tells of that were not checked whole."""

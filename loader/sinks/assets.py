@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 from fsspec.core import url_to_fs
 
 from loader.errors import SinkError
-from loader.uri import public_uri
+from loader.ground.uri import public_uri
 
 PATTERNS = (
     "config.json",

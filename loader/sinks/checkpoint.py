@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import io
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 from torch.distributed.checkpoint._fsspec_filesystem import FileSystem, FsspecWriter
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from loader.errors import LostRankError, SinkError
+from loader.errors import LoaderError, SinkError
+from loader.ground.uri import public_uri
 from loader.plan.geometry import Box, whole
 from loader.sinks import directory
-from loader.uri import public_uri
 
 PIECE_BYTES = 32 << 20
 """A larger shard is written in pieces, for DCP copies what it writes unless it is a whole storage in host memory."""
@@ -52,40 +48,76 @@ class Filled(Protocol):
     def boxes(self) -> Sequence[tuple[Box, tuple[int, ...]]]: ...
 
 
-def save(targets: Iterable[Filled], url: str, *, process_group: dist.ProcessGroup | None = None) -> None:
-    """Write `targets` of every rank of the group (default: all; without a group, this process) to the directory `url`.
+class Saving:
+    """One rank's part in writing `targets` of all ranks to the directory `url`, after `directory.prepare` on one rank.
 
-    Collective, after `directory.prepare` on one rank. What several ranks hold is written by one of them, a tied tensor
-    under each of its names. `.metadata` is written when all else is. No step may outlast the group's time-out, and
-    ranks wait for the slowest one's writes. Raises SinkError on every rank, naming the first rank that failed;
-    LostRankError where ranks lost each other. Then `directory.discard` is to be called.
+    Its steps are DCP's own; what goes between ranks is the caller's to carry (`loader.stream.save`), so that no rank
+    waits in a collective for one that is lost. Rank 0 joins the ranks' plans, and finishes. What several ranks hold is
+    written by one of them, a tied tensor under each of its names. `.metadata` is written when all else is.
+
+    Each step raises SinkError. Where any did, `directory.discard` is to be called.
     """
-    alone = not dist.is_initialized()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as we ask for
-            dcp_save(
-                {}, storage_writer=_Writer(url), planner=_Planner(targets), process_group=process_group, no_dist=alone
-            )
-    except CheckpointException as error:
-        rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
-        reason = f"{type(cause).__name__}: {cause}".replace(url, public_uri(url))
-        raise SinkError(
-            f"{public_uri(url)}: rank {rank} could not write the checkpoint: {reason}", rank=rank
-        ) from cause
-    except RuntimeError as error:  # from DCP's collectives: what ranks do in between comes as CheckpointException
-        reason = f"{type(error).__name__}: {error}"
-        raise LostRankError(f"{public_uri(url)}: ranks lost each other writing the checkpoint: {reason}") from error
-    if alone or dist.get_rank(process_group) == 0:
-        directory.finish(url)
+
+    def __init__(self, targets: Iterable[Filled], url: str, rank: int) -> None:
+        self._url = url
+        self._rank = rank
+        self._targets = tuple(targets)
+        self._planner = _Planner(self._targets)
+        self._metadata: Metadata | None = None
+
+    def plan(self) -> SavePlan:
+        """What this rank could write."""
+        with self._told():
+            self._writer = _Writer(self._url)
+            self._writer.reset()
+            first = self._rank == 0
+            self._planner.set_up_planner({}, self._writer.storage_meta(), is_coordinator=first)
+            self._writer.set_up_storage_writer(first)
+            return self._writer.prepare_local_plan(self._planner.create_local_plan())
+
+    def join(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """What each rank is to write, of what each could: on rank 0."""
+        with self._told():
+            joined, self._metadata = self._planner.create_global_plan(plans)
+            return self._writer.prepare_global_plan(joined)
+
+    def write(self, plan: SavePlan) -> list[WriteResult]:
+        """Write this rank's plan."""
+        with self._told(), self._on_the_shards_device():
+            return self._writer.write_data(self._planner.finish_plan(plan), self._planner).value()
+
+    def finish(self, results: list[list[WriteResult]]) -> None:
+        """All that any rank was to write is written: on rank 0."""
+        assert self._metadata is not None, "it has joined the plans"
+        with self._told():
+            self._writer.finish(self._metadata, results)
+            directory.finish(self._url)
+
+    def _on_the_shards_device(self) -> AbstractContextManager[object]:
+        """DCP's streams are of the thread's current device."""
+        devices = (target.tensor.device for target in self._targets if target.tensor.is_cuda)
+        device = next(devices, None)
+        return torch.cuda.device(device) if device else nullcontext()
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except LoaderError:
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".replace(self._url, public_uri(self._url))
+            raise SinkError(
+                f"{public_uri(self._url)}: rank {self._rank} could not write the checkpoint: {reason}", rank=self._rank
+            ) from error
 
 
 class _Planner(DefaultSavePlanner):
     """Plans pieces of boxes, where DCP takes a DTensor's shard for one box: under `_StridedShard` it can be several."""
 
-    def __init__(self, targets: Iterable[Filled]) -> None:
+    def __init__(self, targets: Sequence[Filled]) -> None:
         super().__init__()
-        self._targets = tuple(targets)
+        self._targets = targets
         self._pieces: dict[MetadataIndex, Tensor] = {}
 
     def create_local_plan(self) -> SavePlan:

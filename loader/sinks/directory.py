@@ -17,8 +17,8 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from loader.errors import ConfigError, SinkError
+from loader.ground.uri import public_uri
 from loader.sinks.assets import is_asset
-from loader.uri import public_uri
 
 MARKER = ".incomplete"
 

@@ -11,7 +11,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from loader.errors import SinkError
-from loader.uri import public_uri
+from loader.ground.uri import public_uri
 
 
 def write_document(path: str, text: Iterable[str], what: str) -> None:

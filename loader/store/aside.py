@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from loader.caller import Caller
+from loader.ground.caller import Caller
 from loader.store.base import Hung
 
 T = TypeVar("T")

@@ -14,8 +14,8 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
-from loader.crc import Algorithm
 from loader.errors import PinError
+from loader.ground.crc import Algorithm
 
 T = TypeVar("T")
 

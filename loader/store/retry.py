@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import tenacity
 
-from loader.pause import Pause
+from loader.ground.pause import Pause
 from loader.store.base import Transient
 
 T = TypeVar("T")

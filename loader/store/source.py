@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from loader.crc import crc
 from loader.errors import CatalogError
 from loader.formats.hf_config import parse_config
 from loader.formats.index import MAX_INDEX, parse_index
@@ -17,6 +16,7 @@ from loader.formats.safetensors import HEAD, header_length, parse_header
 from loader.formats.torch_file import read_torch_file
 from loader.formats.torch_file.ranges import Span
 from loader.formats.torch_file.zipped import Record
+from loader.ground.crc import crc
 from loader.plan.catalog import Catalog, Contents, File
 from loader.plan.claims import Claim, Claims
 from loader.store.base import Stat

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from loader.errors import CatalogError, LoaderError, PinError, StoreError
-from loader.pause import Pause
+from loader.ground.pause import Pause
+from loader.ground.uri import public_uri, split_uri
 from loader.store.base import (
     PIECE,
     Access,
@@ -31,7 +32,6 @@ from loader.store.retry import Retry
 from loader.store.schemes import open_scheme
 from loader.store.secrets import Secrets, hush_clients
 from loader.store.tally import Asked, Tally
-from loader.uri import public_uri, split_uri
 
 T = TypeVar("T")
 

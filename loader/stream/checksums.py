@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from loader.crc import crc, written
 from loader.errors import CorruptionError
 from loader.exchange.control import Control
+from loader.ground.crc import crc, written
 from loader.plan.catalog import Catalog
 from loader.plan.claims import Claim, Claims, Cuts, Part, Spans, checkable, differing, found_values
 from loader.stream.planning import pack, unpack

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from loader.convert.conversion import Outputs
 from loader.convert.graph import Node, seen_in
 from loader.errors import CoverageError
+from loader.ground.recording import Recorder
 from loader.place.landing import Landings
 from loader.place.targets import Target
 from loader.plan.catalog import Catalog, Entry, View
 from loader.plan.geometry import Box
 from loader.plan.needs import Classes, D, Needs, collect_needs
-from loader.recording import Recorder
 
 LISTED = 10
 """How many keys an error lists."""

@@ -18,14 +18,14 @@ from loader.exchange.control import Control
 from loader.exchange.device import DeviceTransport
 from loader.exchange.gloo import GlooTransport
 from loader.exchange.transport import Transport
-from loader.memory import PeakMemory, untouched_bytes
+from loader.ground.memory import PeakMemory, untouched_bytes
+from loader.ground.progress import Progress, Show
+from loader.ground.recording import Recorder
 from loader.place.targets import Target
 from loader.plan.catalog import Catalog
 from loader.plan.claims import Claims, Spans
 from loader.plan.plan import Plan, Share
 from loader.plan.schedule import Schedule
-from loader.progress import Progress, Show
-from loader.recording import Recorder
 from loader.store.loop import loop_seconds
 from loader.store.store import Store
 from loader.store.tally import Asked

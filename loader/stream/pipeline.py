@@ -17,9 +17,9 @@ from queue import Empty, SimpleQueue
 
 from torch import Tensor
 
-from loader.caller import Caller
 from loader.exchange.control import Control
 from loader.exchange.transport import Batch, Transport, Work
+from loader.ground.caller import Caller
 from loader.place.landing import Landings
 from loader.plan.catalog import Catalog
 from loader.plan.geometry import Box

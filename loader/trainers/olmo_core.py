@@ -14,8 +14,8 @@ from torch.nn.functional import pad
 
 from loader.convert.named import olmo_core
 from loader.errors import ConfigError
+from loader.ground.uri import at_revision
 from loader.library import load
-from loader.uri import at_revision
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _VOCABULARY = ("embeddings.weight", "lm_head.w_out.weight")

@@ -118,13 +118,6 @@ def part_of(tensor: torch.Tensor) -> tuple[slice, ...]:
 
 Contender = Callable[[Job, MutableMapping[str, Any]], Report | None]
 
-CONTENDERS: dict[str, Contender] = {
-    "loader, share=world": shared,
-    "loader, share=none": alone,
-    "s3fs, own slices": slices,
-    "s3fs get, dcp.load": download,
-}
-
 
 class _Piece(NamedTuple):
     """Whole rows of a key at bytes `[start, stop)` of a file; `columns` of them belong in `view`."""

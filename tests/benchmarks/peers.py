@@ -1,10 +1,10 @@
-"""One checkpoint into one mesh by four ways: this loader, with and without sharing, and what is done without it.
+"""One checkpoint into one mesh by several ways: this loader, with and without sharing, and what is done without it.
 
     python tests/benchmarks/peers.py [--size 2GiB] [--repeats 3] [--ranks 4] [--mesh fsdp] [--budget 128MiB]
 
 A Llama-shaped checkpoint of random bits, in several files, is put on a real S3 server (SeaweedFS) on loopback. Then for
 each mesh (FSDP over all ranks; HSDP, twice over half of them; TP, every matrix cut by columns) each contender (see
-`contenders.py`) loads it
+`frameworks.py`; obstore and Run:ai's streamer where they are installed) loads it
 
 - once through a counting proxy: what the server sent is counted there, and every bit of what landed is compared;
 - `--repeats` times straight from the server, all contenders in turn, each time in another order: the timed runs.
@@ -45,13 +45,18 @@ from torch.distributed.tensor import DTensor
 
 from launch.local_s3 import S3Server, s3_server
 from loader.config.values import parse_bytes
-from loader.memory import PeakMemory
+from loader.ground.memory import PeakMemory
 from loader.place.state_dict import Rule, empty_state_dict
-from tests.benchmarks.contenders import CONTENDERS, Job, part_of
+from tests.benchmarks.contenders import Job, part_of
+from tests.benchmarks.frameworks import ALL, missing
 from tests.checkpoints import random_checkpoint, same_bits
 from tests.proxy import CountingProxy
 from tests.ranks import run_ranks
 
+CONTENDERS = [
+    "loader, share=world", "loader, share=none", "s3fs, own slices", "s3fs get, dcp.load",
+    "obstore, own slices", "Run:ai streamer", "Run:ai, distributed",
+]  # fmt: skip
 FILES = 8
 LAYERS = 8
 DTYPE = torch.bfloat16
@@ -110,7 +115,7 @@ def measure(
     memory.start()
     dist.barrier()
     begun, cpu = time.perf_counter(), time.process_time()
-    CONTENDERS[contender](job, state)
+    ALL[contender](job, state)
     dist.barrier()
     result = Measured(time.perf_counter() - begun, time.process_time() - cpu, memory.stop() or 0)
     if compare_with is not None:
@@ -177,7 +182,7 @@ def wall(runs: Sequence[list[Measured]]) -> float:
 
 
 def run_all(benchmark: Benchmark, meshes: Sequence[str], repeats: int) -> None:
-    names = list(CONTENDERS)
+    names = [name for name in CONTENDERS if not missing(name)]
     with benchmark.checkpoint() as directory:
         print(f"{benchmark.bytes / 2**20:.0f} MiB in {FILES} files, {benchmark.ranks} ranks, {os.cpu_count()} cores")
         counts = {(mesh, name): benchmark.count(name, mesh, directory) for mesh in meshes for name in names}

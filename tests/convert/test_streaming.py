@@ -17,7 +17,7 @@ from torch.distributed.tensor import Replicate, Shard, zeros
 import loader
 from loader.convert.named import olmo_core
 from loader.errors import CoverageError
-from loader.memory import PeakMemory
+from loader.ground.memory import PeakMemory
 from loader.place.transformers_builder import config_of
 from tests.checkpoints import same_bits
 from tests.proxy import CountingProxy

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loader.memory import PeakMemory
+from loader.ground.memory import PeakMemory
 from loader.place import fingerprint as module
 from loader.place.fingerprint import box_sum, tensor_term, written
 from loader.plan.geometry import Box, portions, whole

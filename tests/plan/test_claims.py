@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loader.crc import ALGORITHMS, crc
 from loader.errors import ConfigError
+from loader.ground.crc import ALGORITHMS, crc
 from loader.plan.catalog import Catalog, Entry, File
 from loader.plan.claims import Claim, Claims, Cuts, Part, Spans, checkable, differing, found_values, unread
 

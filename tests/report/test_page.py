@@ -11,7 +11,7 @@ import pytest
 
 from loader import timeline
 from loader.exchange.clocks import Offset
-from loader.recording import Event
+from loader.ground.recording import Event
 from loader.report import RankReport, Report, Seconds, Source, merge
 from loader.report.__main__ import main
 from loader.stream.planning import pack

@@ -6,9 +6,9 @@ import fsspec
 import pytest
 
 from loader.errors import SinkError
+from loader.ground.uri import public_uri
 from loader.report import RankReport, Report, Seconds, Source, merge
 from loader.report.bound import bound_by, spent
-from loader.uri import public_uri
 
 SOURCE = Source(uri="s3://models/llama", files=2, checkpoint_bytes=2_000, pins={"a": '"etag-a"', "b": '"etag-b"'})
 

@@ -13,10 +13,12 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from loader.errors import SinkError
-from loader.memory import PeakMemory
+from loader.exchange.control import Control
+from loader.ground.memory import PeakMemory
 from loader.place.targets import targets_of
 from loader.plan.geometry import Box, disjoint, whole
 from loader.sinks import checkpoint, directory
+from loader.stream import save as stream
 from tests.ranks import run_ranks
 
 MIB = 1 << 20
@@ -51,12 +53,11 @@ def shard(tensor: torch.Tensor, mesh, placements) -> DTensor:
 
 def save(state_dict, url: str) -> None:
     """As the loader does: one rank prepares, all save."""
-    alone = not dist.is_initialized()
-    if alone or dist.get_rank() == 0:
-        assert directory.prepare(url, "error")
-    checkpoint.save(targets_of(state_dict), url)
-    if not alone:
-        dist.barrier()
+    with Control.of_group() as control:
+        with control.phase("prepare"):
+            if control.rank == 0:
+                assert directory.prepare(url, "error")
+        stream.save(targets_of(state_dict), url, control)
     assert directory.exists(url) == "complete"
 
 
@@ -224,8 +225,8 @@ def test_large_shards_go_in_pieces_and_files(tmp_path: Path, monkeypatch):
 def _memory_to_save(url: str) -> int | None:
     shards = {f"{n}.weight": torch.full((100 * MIB,), n, dtype=torch.uint8)[MIB:] for n in range(4)}
     assert directory.prepare(url, "error")
-    with PeakMemory() as memory:
-        checkpoint.save(targets_of(shards), url)
+    with PeakMemory() as memory, Control.of_group() as control:
+        stream.save(targets_of(shards), url, control)
     return memory.stop()
 
 
@@ -245,8 +246,11 @@ def _save_where_one_rank_cannot_write(url: str) -> list[Path]:
     state_dict = _shard(_full())
     if dist.get_rank() == 2:
         Path(url, "__2_0_0.distcp").mkdir()
-    with pytest.raises(SinkError, match=r"rank 2 could not write .*IsADirectoryError") as caught:
-        checkpoint.save(targets_of(state_dict), url)
+    with (
+        pytest.raises(SinkError, match=r"rank 2 could not write .*IsADirectoryError") as caught,
+        Control.of_group() as it,
+    ):
+        stream.save(targets_of(state_dict), url, it)
     assert caught.value.rank == 2
     assert url in caught.value.message
     dist.barrier()
@@ -268,7 +272,7 @@ def test_metadata_comes_last(tmp_path: Path):
     url = str(tmp_path / "checkpoint")
     directory.prepare(url, "error")
     (tmp_path / "checkpoint" / ".metadata.tmp").mkdir()
-    with pytest.raises(SinkError, match=r"rank 0 .*IsADirectoryError"):
-        checkpoint.save(targets_of(_full()), url)
+    with pytest.raises(SinkError, match=r"rank 0 .*IsADirectoryError"), Control.of_group() as control:
+        stream.save(targets_of(_full()), url, control)
     assert sorted(path.name for path in Path(url).iterdir()) == [".incomplete", ".metadata.tmp", "__0_0_0.distcp"]
     assert directory.exists(url) == "partial"

@@ -15,12 +15,12 @@ from bisect import bisect_right
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from loader.crc import crc
 from loader.errors import CatalogError
 from loader.formats.strict_json import advice, quote
 from loader.formats.torch_file.pickled import MAX_PICKLE
 from loader.formats.torch_file.ranges import Ranges, Span
 from loader.formats.torch_file.storages import RESAVE, Storage
+from loader.ground.crc import crc
 
 TAIL = 16 * 1024
 """Bytes of the file's end to read before its directory's size is known: a record takes about 100."""

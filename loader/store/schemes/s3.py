@@ -12,7 +12,7 @@ from aiohttp import ClientError as HttpError
 from botocore.exceptions import BotoCoreError, ClientError
 from fsspec.core import url_to_fs
 
-from loader.crc import ALGORITHMS
+from loader.ground.crc import ALGORITHMS
 from loader.store.base import (
     Access,
     Address,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loader.crc import ALGORITHMS, crc, joined, written
+from loader.ground.crc import ALGORITHMS, crc, joined, written
 
 CHECKS = {"CRC32": 0xCBF43926, "CRC32C": 0xE3069283, "CRC64NVME": 0xAE8B14860A799888}
 

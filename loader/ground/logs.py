@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from loader.progress import Show
+from loader.ground.progress import Show
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ Show = Literal["bar", "lines"]
 LOOK = 0.5
 """Seconds between looks at how far the ranks are: they tell it as often."""
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("loader.progress")  # as the README names it
 
 
 class Reached(NamedTuple):

@@ -2,7 +2,7 @@ import pytest
 
 from loader.config.model import Source
 from loader.errors import ConfigError
-from loader.uri import public_uri
+from loader.ground.uri import public_uri
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from loader.recording import Recorder
+from loader.ground.recording import Recorder
 
 
 class Clock:

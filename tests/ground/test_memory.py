@@ -2,7 +2,7 @@ import threading
 
 import torch
 
-from loader.memory import PeakMemory, untouched_bytes
+from loader.ground.memory import PeakMemory, untouched_bytes
 from loader.stream.buffers import own_memory
 from tests.ranks import run_ranks
 

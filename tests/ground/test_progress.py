@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from loader.progress import Progress, Reached, line
+from loader.ground.progress import Progress, Reached, line
 
 
 class Clock:
