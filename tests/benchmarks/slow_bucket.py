@@ -6,7 +6,7 @@ One process loads a tensor from a real S3 server (SeaweedFS) on loopback, throug
 
 - `prompt`: that only passes on;
 - `slow`: that waits --delay ms before every reply;
-- `stalling`: in which one connection of 50 is silent for 5 s in the middle of a range's body, once.
+- `stalling`: in which the connection that the 51st range comes through is silent for 5 s in the middle of its body.
 
 The loads are interleaved. `found` is how many ranges at once the load came to, of --concurrency at first. Medians; the
 ratios are to `prompt`, `rate` of the bytes a second in the last half of the load, when the concurrency has been found.
@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,15 +36,15 @@ from tests.checkpoints import random_checkpoint
 from tests.proxy import CountingProxy, Forward, Reply, Request
 
 STALL = 5.0
-ONE_IN = 50
+AT = 50
+"""Of the ranges, from 0, the one whose connection stalls."""
 
 
 class Bucket:
     """A hook for the proxy, and what it saw: when each reply was done, and the most that were under way."""
 
-    def __init__(self, trouble: Callable[[int], float], stalls: Callable[[int], float]) -> None:
-        self.trouble, self.stalls = trouble, stalls
-        self.connections: dict[int, int] = {}
+    def __init__(self, wait: float, stall: float) -> None:
+        self.wait, self.stall = wait, stall
         self.now = self.most = 0
         self.times: list[float] = []
         self.lock = threading.Lock()
@@ -53,21 +53,19 @@ class Bucket:
         if request.method != "GET" or not request.range:
             return forward(request)
         with self.lock:
-            number = self.connections.setdefault(request.client_port, len(self.connections))
             self.now += 1
             self.most = max(self.most, self.now)
             count = len(self.times)
             self.times.append(0.0)
-        time.sleep(self.trouble(count))
+        time.sleep(self.wait)
         reply = forward(request)
-        return Reply(reply.status, reply.headers, self._passed_on(reply, self.stalls(number), count))
+        return Reply(reply.status, reply.headers, self._passed_on(reply, self.stall if count == AT else 0.0, count))
 
-    def _passed_on(self, reply: Reply, stall: float, count: int):
+    def _passed_on(self, reply: Reply, stall: float, count: int) -> Iterator[bytes | memoryview]:
         for chunk in reply.chunks:
             yield chunk
-            if stall and count > ONE_IN:
-                time.sleep(stall)
-                stall = 0.0
+            time.sleep(stall)
+            stall = 0.0
         with self.lock:
             self.now -= 1
             self.times[count] = time.monotonic()
@@ -83,9 +81,9 @@ if __name__ == "__main__":
     given = parser.parse_args()
     rows = parse_bytes(given.size) // 8192
     kinds = {
-        "prompt": (lambda _: 0.0, lambda _: 0.0),
-        "slow": (lambda _: given.delay / 1000, lambda _: 0.0),
-        "stalling": (lambda _: 0.0, lambda connection: STALL if connection == 1 else 0.0),
+        "prompt": (0.0, 0.0),
+        "slow": (given.delay / 1000, 0.0),
+        "stalling": (0.0, STALL),
     }
     runs = {name: [] for name in kinds}
     with tempfile.TemporaryDirectory() as folder, s3_server() as server, CountingProxy(server.endpoint) as proxy:
