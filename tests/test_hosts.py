@@ -6,6 +6,7 @@ One is lost in the middle of a load: ended, or cut off, so that its ranks live o
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import threading
 import time
@@ -36,7 +37,9 @@ STAYS, LOST = range(2), range(2, 4)
 LINK, SLOW = 1000, 4
 """Mbit/s of a host's link: as good as none at all, and so that what each host sends the other, 2 MB, takes 4 s."""
 TENSORS = {f"layers.{n}.weight": (torch.bfloat16, (2048, 512)) for n in range(4)}  # 8 MB
-UNANSWERED = "rank 2 (host host-1) does not answer any more"
+MISSED = r"rank 2 \(host host-1\) does not answer any more"
+BROKEN = r"the connection to rank [23] broke"
+"""As which a host is missed that ends, and closes what is open, if something is sent there just then."""
 NO_STORE = "the store that ranks talk through is gone"
 
 pytestmark = pytest.mark.timeout(600)  # three starts of torchrun on each host, one after the other
@@ -191,8 +194,9 @@ def test_ranks_that_stay_end_within_10_s_and_name_who_is_lost(outcome, name):
     assert max(loss.seconds[rank] for rank in STAYS) < 10, loss
     for rank in STAYS:
         told = loss.told[rank]
-        assert (told["error"], told["exit_code"], told["first_rank"]) == ("LostRankError", 1, 2)
-        assert UNANSWERED in told["message"]
+        assert (told["error"], told["exit_code"]) == ("LostRankError", 1)
+        assert told["first_rank"] in LOST
+        assert re.search(MISSED if name in CUT_OFF else f"{MISSED}|{BROKEN}", told["message"]), told
     assert loss.codes == dict.fromkeys(STAYS, 1)
 
 
