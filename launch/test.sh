@@ -12,6 +12,8 @@ step() {
 
 install || { echo "FAILED: installing into .venv" >&2; exit 1; }
 export PATH=$PWD/.venv/bin:$PATH
+# Where PYTHONDONTWRITEBYTECODE is set, each of the hundreds of processes to come would compile all this again.
+python -m compileall -q loader tests launch configs
 step ruff check .
 step ruff format --check .
 step mypy
@@ -19,8 +21,9 @@ step lint-imports
 step shellcheck launch/*.sh .ci/run
 step hadolint docker/Dockerfile
 step launch/quickstart.sh
-# A file's tests stay together, for they share servers; more workers than that only compete for ports and memory.
-step pytest -n auto --maxprocesses 8 --dist loadfile "$@"
+# A file's tests stay together, for they share servers; more workers than that only compete for ports and memory. Files
+# with few tests are not left for the end: they are the long ones.
+step pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder "$@"
 
 if ((${#failed[@]})); then
     printf 'FAILED: %s\n' "${failed[@]}" >&2

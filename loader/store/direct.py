@@ -9,8 +9,9 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,6 +20,7 @@ from urllib.request import getproxies, proxy_bypass
 import certifi
 import urllib3
 from urllib3.exceptions import HTTPError, LocationParseError, ReadTimeoutError, SSLError
+from urllib3.util import parse_url
 
 from loader.store.base import (
     PIECE,
@@ -55,7 +57,8 @@ class Direct:
             "retries": False,  # the one retry layer is the store's
             "ca_certs": _authorities(),
         }
-        self._managers: dict[str, urllib3.PoolManager] = {}
+        self._managers: dict[str, urllib3.PoolManager] = {}  # by proxy
+        self._ways: dict[str, Callable[..., urllib3.BaseHTTPResponse]] = {}  # by URL: to parse one takes 0.3 ms
         self._addresses: dict[tuple[str, str], Address] = {}
         self._lock = threading.Lock()
         self._receiving: set[socket.socket] = set()
@@ -140,9 +143,7 @@ class Direct:
 
     def _get(self, address: Address, headers: Mapping[str, str], silence: float) -> urllib3.BaseHTTPResponse:
         try:
-            return self._manager(address.url).request(
-                "GET",
-                address.url,
+            return self._way(address.url)(
                 headers={**address.headers, **headers},
                 preload_content=False,
                 redirect=False,
@@ -157,13 +158,20 @@ class Direct:
         except (HTTPError, OSError) as error:
             raise Transient(told(error)) from error
 
-    def _manager(self, url: str) -> urllib3.PoolManager:
-        """The connections by which `url` is reached: through the environment's proxy, or none."""
-        parts = urlsplit(url)
-        proxy = "" if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme, "")
+    def _way(self, url: str) -> Callable[..., urllib3.BaseHTTPResponse]:
+        """How `url` is asked for: through the environment's proxy, or none."""
+        if url not in self._ways:
+            parts = urlsplit(url)
+            proxy = "" if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme, "")
+            manager = self._manager(proxy)
+            pool = manager if proxy else manager.connection_from_url(url)
+            self._ways[url] = partial(pool.urlopen, "GET", url if proxy else parse_url(url).request_uri)
+        return self._ways[url]
+
+    def _manager(self, proxy: str) -> urllib3.PoolManager:
         with self._lock:
             if proxy not in self._managers:
-                make = urllib3.PoolManager if not proxy else lambda **options: urllib3.ProxyManager(proxy, **options)
+                make = urllib3.PoolManager if not proxy else partial(urllib3.ProxyManager, proxy)
                 self._managers[proxy] = make(**self._options)
             return self._managers[proxy]
 
