@@ -77,8 +77,8 @@ def slow_exchange() -> None:
     """From now on messages to this rank come over a slow link."""
     link, receive = Link(), GlooTransport.receive
 
-    def slowly(self: GlooTransport, view: torch.Tensor, sender: int) -> GlooWork:
-        work = receive(self, view, sender)
+    def slowly(self: GlooTransport, number: int, view: torch.Tensor, sender: int) -> GlooWork:
+        work = receive(self, number, view, sender)
         slow = SlowWork(work._works, work._peer, work._crc)
         slow.arrival = link.until(view.numel())
         return slow
