@@ -40,7 +40,7 @@ def report_on(job: Job, filled: Filled, mesh: Mapping[str, int]) -> reports.Repo
 
 def _of_this_rank(job: Job, loaded: Loaded) -> reports.RankReport:
     tally, seconds = job.store.tally, job.control.recorder.seconds
-    sink = sum(seconds[name] for name in ("save", "save shards", "complete", "finish"))
+    sink = sum(seconds[name] for name in ("save plan", "save", "save shards", "complete", "finish"))
     return reports.RankReport(
         rank=job.control.rank,
         host=socket.gethostname(),
@@ -51,6 +51,7 @@ def _of_this_rank(job: Job, loaded: Loaded) -> reports.RankReport:
         throttled=tally.throttled,
         get_seconds=seconds["GET"],
         loop_seconds=loaded.loop_seconds,
+        upload_seconds=seconds["upload"],
         threads=torch.get_num_threads(),
         exchanged_bytes=loaded.exchanged_bytes,
         shard_bytes=loaded.shard_bytes,
@@ -62,7 +63,7 @@ def _of_this_rank(job: Job, loaded: Loaded) -> reports.RankReport:
             read=seconds["read"],
             exchange=seconds["exchange"],
             convert=seconds["convert"],
-            write=seconds["write"] + sink,
+            write=seconds["write"] + seconds["upload"] + sink,
             sink=sink,
         ),
     )

@@ -24,7 +24,7 @@ class _Apart:
         self.host = self.there = own_memory(0)
 
 
-class _Elsewhere(HostStage):
+class Elsewhere(HostStage):
     def allocate(self, size: int) -> Memory:
         return _Apart(size)
 
@@ -35,7 +35,7 @@ class _Elsewhere(HostStage):
 def use(device: str) -> str:
     """From now on this process loads as for shards on `device`, one of DEVICES. Returns the device type of meshes."""
     if device == "elsewhere":
-        load.stage_for = lambda _: _Elsewhere()
+        load.stage_for = lambda _: Elsewhere()
         load.cuda_device = lambda _: torch.device("cpu")
         load._identity = lambda _: f"the device of rank {dist.get_rank()}"
         return "cpu"

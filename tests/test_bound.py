@@ -1,6 +1,6 @@
 """What bound the load: each resource is throttled in turn, by far, and the report names it and what would help.
 
-The link between hosts, as the exchange's, is in `test_hosts.py`. A device's copy engine is on no CPU."""
+The link between hosts, as the exchange's, is in `test_hosts.py`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ import torch.distributed as dist
 import loader
 from loader.exchange.gloo import GlooTransport, GlooWork
 from loader.init_from_hf import main
+from loader.stream import load as load_module
+from loader.stream.buffers import Buffer
 from loader.stream.pipeline import Pipeline
+from tests import stages
 from tests.checkpoints import random_checkpoint
 from tests.misbehaving import Misbehaving, first, status
 from tests.proxy import CountingProxy, Forward, Reply, Request
@@ -123,7 +126,24 @@ def laborious(checkpoint: Mapping[str, torch.Tensor], _: Any) -> Iterator[tuple[
         yield name, made
 
 
-THROTTLES = {"exchange": slow_exchange, "loop": busy_event_loop}
+def slow_device() -> None:
+    """From now on the shards are on a device to which copies take their time, beside what else is done."""
+
+    class Device(stages.Elsewhere):
+        link, arrival = Link(), 0.0
+
+        def upload(self, buffer: Buffer) -> None:
+            super().upload(buffer)
+            self.arrival = self.link.until(buffer.host.numel())
+
+        def arrive(self) -> None:
+            time.sleep(max(0.0, self.arrival - time.monotonic()))
+
+    stages.use("elsewhere")
+    load_module.stage_for = lambda _: Device()
+
+
+THROTTLES = {"exchange": slow_exchange, "loop": busy_event_loop, "device": slow_device}
 
 
 def _load(uri: str, options: Sequence[Mapping[str, Any]], throttle: str = "", **read: Any) -> tuple[str, str, dict]:
@@ -219,6 +239,13 @@ def test_the_memory_of_the_shards(uri, options):
     bound, advice, seconds = load(uri, options, throttle="write")
     assert (bound, advice.split(":")[0]) == ("write", "OMP_NUM_THREADS")
     assert seconds["write"] >= NEEDED / SLOW
+
+
+def test_the_copies_to_a_device(uri, options):
+    bound, advice, seconds = load(uri, options, throttle="device", share="none")
+    assert bound == "write"
+    assert advice.startswith("the host's link to the device is full")
+    assert seconds["write"] >= 0.9 * NEEDED / SLOW
 
 
 def test_the_event_loop_of_the_storage_client(uri, options):

@@ -32,7 +32,8 @@ class Seconds(Part):
 class RankReport(Part):
     """Sizes are in bytes. Not in the JSON's `ranks` are `retries` and `hedged_bytes`, which are summed into the job's,
     and what tells why it took so long: how many GETs were `throttled`, for how many seconds GETs were in flight, all
-    together, for how many the storage client's event loop was busy, and how many `threads` torch computes with.
+    together, for how many the storage client's event loop was busy, for how many copies to the device were waited for
+    (which `write` has too), and how many `threads` torch computes with.
     """
 
     rank: int
@@ -43,6 +44,7 @@ class RankReport(Part):
     throttled: int = Field(default=0, exclude=True)
     get_seconds: float = Field(default=0.0, exclude=True)
     loop_seconds: float = Field(default=0.0, exclude=True)
+    upload_seconds: float = Field(default=0.0, exclude=True)
     hedged_bytes: int = Field(default=0, exclude=True)
     threads: int = Field(default=1, exclude=True)
     exchanged_bytes: int

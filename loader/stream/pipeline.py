@@ -53,8 +53,8 @@ class Pipeline:
     are read at once.
 
     The control's recorder gets a span GET for each range; read, while ranges are waited for; exchange,
-    while a message is packed and sent, or waited for; write, while a shard is written, and convert within it; slot,
-    while all rounds in flight are waited for.
+    while a message is packed and sent, or waited for; write, while a shard is written, and convert within it; upload,
+    while copies to the device are waited for; slot, while all rounds in flight are.
     """
 
     def __init__(
@@ -198,13 +198,16 @@ class Pipeline:
             self._writer.submit(partial(self._write_own, read.own, buffer.there))
 
     def _end(self, flight: _Open) -> None:
-        """Wait for what is sent, and give the round's memory free."""
+        """Wait for what is sent and for what a device has been given to do, and give the round's memory free."""
         try:
-            with self._failing(), self._recorder.span("exchange", sent_round=flight.round.number):
-                with self._stage.writing():
+            with self._failing():
+                with self._recorder.span("exchange", sent_round=flight.round.number), self._stage.writing():
                     for work in flight.sends:
                         work.wait()
-                self._stage.settle()
+                with self._recorder.span("upload", round=flight.round.number):
+                    self._stage.arrive()
+                with self._recorder.span("exchange" if self._on_device else "write", round=flight.round.number):
+                    self._stage.settle()
         finally:
             flight.done.set_result(None)
             self._news.put(None)

@@ -31,6 +31,9 @@ class Stage(Protocol):
     def upload(self, buffer: Buffer) -> None:
         """Begin to copy what was read, on the current stream. Both its tensors stay as they are until `settle`."""
 
+    def arrive(self) -> None:
+        """Wait until all that was begun on the stream of uploads is done."""
+
     def settle(self) -> None:
         """Wait until all that was begun on both streams is done."""
 
@@ -60,6 +63,9 @@ class HostStage:
     def upload(self, buffer: Buffer) -> None:
         pass
 
+    def arrive(self) -> None:
+        pass
+
     def settle(self) -> None:
         pass
 
@@ -84,6 +90,9 @@ class CudaStage:
 
     def upload(self, buffer: Buffer) -> None:
         buffer.there.copy_(buffer.host, non_blocking=True)
+
+    def arrive(self) -> None:
+        self._uploads.synchronize()
 
     def settle(self) -> None:
         self._writes.wait_stream(self._uploads)
