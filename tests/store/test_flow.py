@@ -70,6 +70,34 @@ def test_where_there_is_nothing_more_to_read_nothing_is_tried(clock):
     assert places.places == 4
 
 
+def test_more_than_there_is_room_for_are_given_back(clock):
+    """Of a full link: four ranges at once fill it, and memory has room for seven."""
+    places = Flow(4, MOST)
+    history = [places.places for _ in range(40) if not _read_side_by_side(places, clock, 7)]
+    assert max(history) == 8
+    assert history[-1] == 4
+
+
+def _read_side_by_side(places: Flow, clock: Clock, room: int) -> None:
+    """As many as there are places and room for, each of which has its part of a link that four fill."""
+    count = min(places.places, room)
+    clock.now += 0.1 * count
+    for _ in range(count):
+        places.arrived(1000)
+
+
+def test_what_headers_brought_is_no_measure_for_ranges(clock):
+    places = Flow(4, MOST)
+    for _ in range(10):
+        clock.now += 0.01
+        places.arrived(10)
+    assert places.places == 8
+    places.begin()
+    assert places.places == 4
+    read_all(places, clock, 100, lambda busy: 0.01 * busy)
+    assert places.places == 4, "more were tried, and brought nothing"
+
+
 def test_a_server_that_asks_for_fewer_has_half_and_one_more_in_a_while(clock):
     places = Flow(16, MOST)
     places.throttled()
