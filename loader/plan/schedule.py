@@ -1,6 +1,6 @@
 """One rank's part of the plan, round by round: what it reads, sends and receives, piece by piece.
 
-Both ends of a message derive it from the plan, in the same order, so nothing but the bytes travels.
+Both ends of a message derive it from the plan, so nothing but the bytes travels.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ def advise(bound: Bound, ranks: Sequence[RankReport], reading: Reading) -> str |
         else "read.share: none lets every rank read for itself, for more bytes from the bucket",
         "convert": f"OMP_NUM_THREADS: the conversion ran {threads}",
         "write": f"OMP_NUM_THREADS: the shards were written {threads}"
-        if worst.upload_seconds < worst.seconds.write / 2
+        if worst.upload_seconds < (worst.seconds.write - worst.seconds.sink) / 2
         else "the host's link to the device is full: no setting helps, but more hosts, or fewer devices on each",
         "sink": "output.checkpoint: storage nearer or faster; output.entrypoint hands the model over unwritten",
         "catalog": f"read.concurrency: the files' headers were read {reading.concurrency} at a time",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
@@ -55,11 +55,15 @@ class Saving:
     waits in a collective for one that is lost. Rank 0 joins the ranks' plans, and finishes. What several ranks hold is
     written by one of them, a tied tensor under each of its names. `.metadata` is written when all else is.
 
-    Each step raises SinkError. Where any did, `directory.discard` is to be called.
+    Each step raises SinkError, or what `go_on` does: it is called before anything appears at `url`. Where any did,
+    `directory.discard` is to be called.
     """
 
-    def __init__(self, targets: Iterable[Filled], url: str, rank: int) -> None:
+    def __init__(
+        self, targets: Iterable[Filled], url: str, rank: int, go_on: Callable[[], None] = lambda: None
+    ) -> None:
         self._url = url
+        self._go_on = go_on
         self._rank = rank
         self._targets = tuple(targets)
         self._planner = _Planner(self._targets)
@@ -68,7 +72,7 @@ class Saving:
     def plan(self) -> SavePlan:
         """What this rank could write."""
         with self._told():
-            self._writer = _Writer(self._url)
+            self._writer = _Writer(self._url, self._go_on)
             self._writer.reset()
             first = self._rank == 0
             self._planner.set_up_planner({}, self._writer.storage_meta(), is_coordinator=first)
@@ -168,10 +172,19 @@ def _cut(box: Box, most: int) -> Iterator[Box]:
 class _Files(FileSystem):
     fs: Any
 
+    def __init__(self, go_on: Callable[[], None]) -> None:
+        super().__init__()
+        self._go_on = go_on
+
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        self._go_on()
         with self.fs.open(os.fspath(path), mode, block_size=PART_BYTES) as stream:
             yield stream
+
+    def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
+        self._go_on()
+        super().rename(path, new_path)
 
     def mkdir(self, path: str | os.PathLike[str]) -> None:
         directory.make(self.fs, os.fspath(path))
@@ -180,9 +193,9 @@ class _Files(FileSystem):
 class _Writer(FsspecWriter):
     """Writes files of about FILE_BYTES, and makes no buckets."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, go_on: Callable[[], None]) -> None:
         super().__init__(url)
-        files = _Files()
+        files = _Files(go_on)
         self.path = files.init_path(url)
         # Elsewhere DCP would `os.sync` the whole machine for want of a file descriptor.
         self.sync_files = isinstance(files.fs, LocalFileSystem)

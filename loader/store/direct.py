@@ -53,6 +53,7 @@ class Direct:
         self._scheme = scheme
         self._timeout = timeout
         self._options: dict[str, Any] = {
+            "num_pools": 64,  # of hosts: more than a load's signed URLs name
             "maxsize": concurrency,
             "retries": False,  # the one retry layer is the store's
             "ca_certs": _authorities(),

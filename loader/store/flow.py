@@ -51,6 +51,7 @@ class Flow:
         self._growing = places < most
         self._calm_at: float | None = None
         self._rate = 0.0
+        self._doubted = False
         self._ranges = self._bytes = 0
         self._since = 0.0
 
@@ -102,6 +103,9 @@ class Flow:
             return
         rate = self._bytes / max(1e-9, time.monotonic() - self._since)
         if rate < PAYS * self._rate:
+            if not self._doubted:  # a stall of another's making may be in it: once more
+                self._doubted, self._ranges, self._bytes = True, 0, 0
+                return
             self._growing = False
             self._give(self.places // 2)
         else:
@@ -117,6 +121,7 @@ class Flow:
 
     def _give(self, places: int) -> None:
         self.places = places
+        self._doubted = False
         self._ranges = self._bytes = 0
         self._admit()
 

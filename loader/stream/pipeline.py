@@ -85,7 +85,7 @@ class Pipeline:
         self._slots = [Slot(stage.allocate) for _ in range(slots)]
         self._flights: list[_Open] = []  # of each slot the last round, which may be done
         self._opened = 0
-        self._news: SimpleQueue[tuple[_Open, int] | None] = SimpleQueue()  # what was read, None for a slot that is free
+        self._news: SimpleQueue[tuple[_Open, int] | None] = SimpleQueue()  # what was read, or None
         self._readers = ThreadPoolExecutor(concurrency, thread_name_prefix="loader-read")
         self._writer = Caller("loader-write")  # which may wait for a lost rank for ever
 
@@ -147,15 +147,22 @@ class Pipeline:
         return flight
 
     def _read(self, flight: _Open, read: Read, memory: Tensor) -> None:
-        with self._failing():
-            if self._control.error is None:
-                name = self._catalog.files[read.file].name
-                with self._recorder.span("GET", file=name, start=read.start, bytes=read.size) as span:
-                    asked = self._read_range(read.file, read.start, memory)
-                    span.begin_later(asked.waited)
-                    span.facts |= {"gets": asked.gets, "retries": asked.retries}
-                self._control.has_read(read.size)
-                self._news.put((flight, read.extent))
+        news = None
+        try:
+            with self._failing():
+                if self._control.error is None:
+                    self._read_and_tell(read, memory)
+                    news = (flight, read.extent)
+        finally:
+            self._news.put(news)
+
+    def _read_and_tell(self, read: Read, memory: Tensor) -> None:
+        name = self._catalog.files[read.file].name
+        with self._recorder.span("GET", file=name, start=read.start, bytes=read.size) as span:
+            asked = self._read_range(read.file, read.start, memory)
+            span.begin_later(asked.waited)
+            span.facts |= {"gets": asked.gets, "retries": asked.retries}
+        self._control.has_read(read.size)
 
     def _finish_sending(self, flight: _Open) -> None:
         """Send what this rank reads of the round, and leave it to the writer to take what the others send.
@@ -177,7 +184,7 @@ class Pipeline:
         self._writer.submit(partial(self._end, flight))  # the last of the round's, which are done in turn
 
     def _await_news(self) -> tuple[_Open, int] | None:
-        """A range that has been read; None where a slot has become free, or after a while."""
+        """A range that has been read; None where a slot has become free, a read has failed, or after a while."""
         with self._recorder.span("read"):
             try:
                 return self._news.get(timeout=LOOK)

@@ -1,3 +1,6 @@
+import threading
+import uuid
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -276,3 +279,36 @@ def test_metadata_comes_last(tmp_path: Path):
         stream.save(targets_of(_full()), url, control)
     assert sorted(path.name for path in Path(url).iterdir()) == [".incomplete", ".metadata.tmp", "__0_0_0.distcp"]
     assert directory.exists(url) == "partial"
+
+
+def test_a_save_that_is_left_behind_publishes_nothing(monkeypatch):
+    """Another rank fails while rank 0 writes the metadata: what goes on in its thread comes too late."""
+    url = f"memory://{uuid.uuid4().hex}"
+    writing, go_on = threading.Event(), threading.Event()
+    create = checkpoint._Files.create_stream
+
+    @contextmanager
+    def slowly(self, path, mode):
+        with create(self, path, mode) as stream:
+            yield stream
+            if str(path).endswith(".metadata.tmp"):
+                writing.set()
+                assert go_on.wait(60)
+
+    monkeypatch.setattr(checkpoint._Files, "create_stream", slowly)
+    directory.prepare(url, "error")
+
+    control = Control.of_group()
+
+    def fail():
+        assert writing.wait(60)
+        control.fail(SinkError("another rank's"))
+
+    threading.Thread(target=fail).start()
+    with pytest.raises(SinkError, match="another rank's"), control:
+        stream.save(targets_of({"weight": torch.ones(3)}), url, control)
+    (left_behind,) = [each for each in threading.enumerate() if each.name == "loader-save"]
+    directory.discard(url)
+    go_on.set()
+    left_behind.join(60)
+    assert directory.exists(url) != "complete"

@@ -70,6 +70,19 @@ def test_a_directory_in_the_repository(hub, directory, tmp_path, backend):
         open_store(hub, "hf://org/name/other").names()
 
 
+def test_through_the_file_system_no_more_is_read_than_asked_for(hub, directory):
+    (directory / NAME).write_bytes(bytes(8 << 20))
+    hub.put(directory, "org/name")
+    with CountingProxy(hub.endpoint) as proxy:
+        store = open_store(hub.at(proxy.url), "hf://org/name", "fsspec")
+        pin = store.stat(NAME).pin
+        proxy.reset()
+        for start in range(5):
+            read(store, pin, start << 20)
+        asked = [request.range for request in proxy.requests if request.range]
+        assert set(asked) == {f"bytes={start << 20}-{(start << 20) + 99}" for start in range(5)}
+
+
 def test_the_hub_is_asked_once_for_a_files_url_and_again_when_it_has_expired(hub, directory):
     hub.put(directory, "org/name")
     hub.token = TOKEN  # the server refuses a signed URL that comes with it

@@ -29,7 +29,7 @@ from loader.store.base import (
     refusal,
     told,
 )
-from loader.store.schemes.other import OtherScheme
+from loader.store.schemes.other import OtherScheme, cat_range
 
 CLIENT_BYTES = 8 << 20  # measured: as for HTTP
 
@@ -95,7 +95,7 @@ class HfScheme:
 
         def get(_: object) -> bytes:
             try:
-                return bytes(self.fs.cat_file(path, start=start, end=start + len(buffer)))
+                return cat_range(self.fs, path, start, start + len(buffer))
             except Exception as error:
                 raise _translated(error) from error
 
@@ -143,6 +143,8 @@ def _translated(error: Exception) -> Exception:
         if error.response.status_code == 401:
             return FileNotFoundError(f"{told(error)} (or it is private: give a token, as HF_TOKEN)")
         return refusal(error.response.status_code, told(error)) or Transient(told(error))
+    if isinstance(error, PermissionError):
+        return error
     return Transient(told(error)) if isinstance(error, HTTPError | OSError) else Unusable(told(error))
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
 from loader.errors import LoaderError
@@ -30,8 +32,14 @@ PIN_FIELDS = (
 )
 
 
+def cat_range(fs: Any, path: str, start: int, stop: int) -> bytes:
+    """A file's bytes, and no more: fsspec's own `cat_file` would read ahead."""
+    generic = type(fs).cat_file is AbstractFileSystem.cat_file
+    return bytes(fs.cat_file(path, start=start, end=stop, **({"cache_type": "none"} if generic else {})))
+
+
 def _verdict(error: Exception) -> Exception:
-    """Whatever a system raises but what another try would not mend."""
+    """Transient for an OSError that another try may mend, else the error itself."""
     final = not isinstance(error, OSError) or isinstance(
         error, FileNotFoundError | NotADirectoryError | PermissionError
     )
@@ -49,6 +57,7 @@ class OtherScheme:
         self.fs = fs
         self.path = path
         self.verdict = verdict
+        self._looking = threading.Lock()
         self._aside = Aside(math.inf, until)
         self.close = self._aside.close
 
@@ -63,14 +72,15 @@ class OtherScheme:
         self._call(lambda: self._read(name, pin, start, buffer))
 
     def _stat(self, name: str) -> Stat:
-        self.fs.invalidate_cache(self.path)  # what it remembers may be of another version
-        found = self.fs.info(f"{self.path}/{name}")
+        with self._looking:
+            self.fs.invalidate_cache(self.path)  # what it remembers may be of another version
+            found = self.fs.info(f"{self.path}/{name}")
         versions = [f"{field}={found[field]}" for field in PIN_FIELDS if found.get(field) is not None]
         return Stat(int(found["size"]), " ".join([f"size={found['size']}", *versions]))
 
     def _read(self, name: str, pin: str, start: int, buffer: memoryview) -> None:
-        """The version is asked for after the bytes: whenever the file has changed, they are of no other."""
-        data = self.fs.cat_file(f"{self.path}/{name}", start=start, end=start + len(buffer))
+        """The version is asked for after the bytes: if it is the pinned one, it was so before."""
+        data = cat_range(self.fs, f"{self.path}/{name}", start, start + len(buffer))
         if (found := self._stat(name).pin) != pin:
             raise changed(name, pin, found)
         filler = Filler(buffer)
