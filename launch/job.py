@@ -149,9 +149,8 @@ def _check_hand_over(config: Config, train: Sequence[str]) -> None:
             "or leave --train out and set output.entrypoint, which trains in the init step's own processes"
         )
     if not train and output.checkpoint is None and output.entrypoint is None:
-        raise ConfigError(
-            "output: nothing would be left of the load: set output.entrypoint or output.checkpoint, or give --train"
-        )
+        left = "nobody would take output.local over" if output.local else "nothing would be left of the load"
+        raise ConfigError(f"output: {left}: give --train, or set output.entrypoint or output.checkpoint")
 
 
 def _check_seen_by_pods(config: Config) -> None:

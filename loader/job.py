@@ -18,9 +18,17 @@ from loader.convert.fit import Fitted, Wishes, fit
 from loader.convert.graph import Node, seen_in
 from loader.convert.lazy import Convert
 from loader.convert.named import NAMED, named
-from loader.convert.quantised import dequantise, dtype_of, is_packed, quantisation, quantised_keys, unquantised
+from loader.convert.quantised import (
+    dequantise,
+    dtype_of,
+    is_packed,
+    quantisation,
+    quantised_keys,
+    undeclared,
+    unquantised,
+)
 from loader.convert.vocabulary import Vocabulary
-from loader.errors import CatalogError, ConfigError
+from loader.errors import CatalogError, ConfigError, ConversionError
 from loader.exchange.control import Control
 from loader.exchange.node import node_name
 from loader.formats.hf_config import vocab_size
@@ -110,14 +118,18 @@ class Job:
     def _see_quantised(self, dequantize: bool, held: Mapping[str, torch.dtype]) -> None:
         self.kept_quantised: set[int] = set()
         self._dequantizes = False
-        if quantised := quantisation(self.source.hf_config):
+        quantised = quantisation(self.source.hf_config)
+        unclear = None if quantised else undeclared(self.keys)
+        if quantised or unclear:
             packed = {name: node.dtype for name, node in self.keys.items() if is_packed(node.dtype)}
             keeps = not packed.items().isdisjoint(held.items())
             self._dequantizes = dequantize and not on_any_rank(self.control, "keeps quantised", keeps)
-            if self._dequantizes:
-                self.keys = dequantise(self.keys, quantised)
-            else:
+            if not self._dequantizes:
                 self.kept_quantised = quantised_keys(self.keys)
+            elif unclear:
+                raise ConversionError(unclear)
+            elif quantised:
+                self.keys = dequantise(self.keys, quantised)
 
     def wanted(self, needless: Collection[str]) -> list[Node]:
         """The visible keys that must be used: all but `needless`, and what the conversion itself declares to be so."""

@@ -17,6 +17,7 @@ from loader.outputs import prepared
 from loader.place.mesh import make_mesh
 from loader.place.user_code import resolve
 from loader.sinks import entrypoint
+from loader.sinks.document import check_place
 from loader.store.source import read_whole
 
 
@@ -30,6 +31,10 @@ def run(config: Config, control: Control, device: torch.device, voice: Voice = P
         convert = own_conversion(config)
         dims = resolve_mesh(config.mesh, control.world_size)
         user_program = resolve(config.output.entrypoint) if config.output.entrypoint else None
+        if control.rank == 0:  # which writes them when all else is done
+            for name, path in ("report", config.report), ("trace", config.trace):
+                if path is not None:
+                    check_place(path, name)
     with control.phase("mesh"):  # a collective: no rank may have failed before it
         mesh = make_mesh(dims, device.type)
     with timeline.traced(control, config.trace), prepared(config.output, control, voice) as outputs:

@@ -56,8 +56,12 @@ def connected(peer: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise LostRankError(f"the connection to rank {peer} broke: {reason}", rank=peer) from error
+        reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
+        raise LostRankError(
+            f"the connection to rank {peer} broke ({reason}): it ended, was killed (for its memory?), or its host or "
+            "network is gone. Its own log, or its host's, may tell; then start again",
+            rank=peer,
+        ) from error
 
 
 def corrupted(what: str, size: int, peer: int, check: str, sent: int, found: int) -> CorruptionError:

@@ -177,7 +177,8 @@ class Watch:
     def _lose(self, rank: int, beat: bytes) -> None:
         lost = LostRankError(
             f"rank {rank} (host {beat.decode().rpartition(':')[0]}) does not answer any more: "
-            "it ended, was killed, or its host or network is gone"
+            f"it ended, was killed, could not run for {LOST_AFTER:.0f} s, or its host or network is gone. Its own log, "
+            "or its host's, may tell; then start again"
             if beat
             else f"rank {rank} did not come to the load within {UNSEEN_FOR:.0f} s: it ended, or is busy elsewhere",
             rank=rank,

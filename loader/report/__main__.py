@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"{reading}: cannot be read: {error.strerror}", file=sys.stderr)  # noqa: T201
     except (ValueError, KeyError, TypeError) as error:
-        print(f"{reading}: is not one of this loader's: {type(error).__name__}: {error}", file=sys.stderr)  # noqa: T201
+        told = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(f"{reading}: is not one of this loader's, which are JSON: {told}", file=sys.stderr)  # noqa: T201
     except SinkError as error:
         print(error, file=sys.stderr)  # noqa: T201
     else:

@@ -264,6 +264,19 @@ def test_what_cannot_be_dequantised_is_named(tmp_path, tensors, config, words) -
         assert word in caught.value.message
 
 
+@pytest.mark.parametrize("scale", ["w_scale_inv", "w_scale"])
+def test_scales_that_config_json_does_not_tell_of_are_named(tmp_path, scale) -> None:
+    """Ignoring them would load other weights."""
+    uri = save(tmp_path, {"w": W["w"], scale: W["w_scale_inv"]}, config=None)
+    with pytest.raises(
+        ConversionError, match=f"w is torch.float8_e4m3fn, with {scale} beside it, .*quantization_config"
+    ):
+        loader.load({"w": torch.zeros(ROWS, COLUMNS)}, uri)
+    state = {"w": torch.zeros_like(W["w"]), scale: torch.zeros_like(W["w_scale_inv"])}
+    loader.load(state, uri)
+    assert differences(state, {"w": W["w"], scale: W["w_scale_inv"]}) == []
+
+
 def test_a_scale_without_a_weight_is_left_to_the_proof_of_coverage(tmp_path) -> None:
     tensors = {**large(), "v_scale_inv": torch.ones(1)}
     with pytest.raises(CoverageError, match=r"v_scale_inv \[1\]"):

@@ -44,11 +44,16 @@ def dequantise(keys: Mapping[str, Node], config: Mapping[str, Any]) -> dict[str,
     all that is read here. What only looks like a scale stays, for the proof of coverage to find. Raises ConversionError
     for a quantisation that is not known, for a quantised weight without scales, and where shapes do not fit.
     """
-    method = str(config.get("quant_method", "compressed-tensors" if "config_groups" in config else None))
+    method = config.get("quant_method", "compressed-tensors" if "config_groups" in config else None)
     if method not in _SCHEMES:
+        how = (
+            f"that the checkpoint is quantised as {method!r}"
+            if method
+            else "of a quantization_config, and no quant_method"
+        )
         raise ConversionError(
-            f"config.json says that the checkpoint is quantised as {method!r}; {', '.join(_SCHEMES)} can be "
-            "dequantised. Use a checkpoint that is not quantised, or keep it as it is with model.dequantize: false"
+            f"config.json tells {how}; {', '.join(_SCHEMES)} can be dequantised. Use a checkpoint that is not "
+            "quantised, or keep it as it is with model.dequantize: false"
         )
     made = {weight.stored[0]: weight for weight in _SCHEMES[method](keys, config)}
     names = {weight.name for weight in made.values()}
@@ -62,6 +67,21 @@ def dequantise(keys: Mapping[str, Node], config: Mapping[str, Any]) -> dict[str,
                 raise ConversionError(f"{key} is there, and quantised too: leave one of them out by source.ignore")
             seen[key] = node
     return seen
+
+
+def undeclared(keys: Mapping[str, Node]) -> str | None:
+    """Why keys of which config.json says nothing cannot be plain weights; None where they can.
+
+    Float8 alone may be what somebody computes with. With scales beside it, its values are not the weight's.
+    """
+    for key, node in keys.items():
+        ends = ("_scale_inv", "_scale") if scaled.is_float8(node.dtype) else ()
+        if scales := next((key + end for end in ends if key + end in keys), None):
+            return (
+                f"{key} is {node.dtype}, with {scales} beside it, but config.json has no quantization_config: put it "
+                "back as it was published, or keep both as they are stored with model.dequantize: false"
+            )
+    return None
 
 
 def dtype_of(node: Node, hf_config: Mapping[str, Any] | None) -> torch.dtype:

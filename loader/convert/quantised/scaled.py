@@ -33,6 +33,10 @@ _LARGEST = 1 << 31
 _CACHE = ("q_scale", "k_scale", "v_scale")
 
 
+def is_float8(dtype: torch.dtype) -> bool:
+    return dtype in _FLOAT8
+
+
 def block_scaled(keys: Mapping[str, Node], config: Mapping[str, Any]) -> Iterator[Weight]:
     """As transformers' FineGrainedFP8Config: blocks of `weight_block_size`, or one scale where that is null."""
     size = config.get("weight_block_size")
