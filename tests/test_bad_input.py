@@ -291,7 +291,7 @@ COMMANDS: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "no builder": ({"model": {"builder": "nowhere_at_all:build"}}, [], ["ConfigError", "nowhere_at_all"]),
     "config.json": ({"model": {"builder": "transformers"}}, [], ["CatalogError", "no config.json", "model.builder"]),
     "entrypoint": ({"output": {"entrypoint": "nowhere_at_all:run"}}, [], ["ConfigError", "nowhere_at_all"]),
-    "report": ({"report": "program.py/report.json"}, [], ["ConfigError", "report: nothing can be written at program.py"]),
+    "report": ({"report": "program.py/report.json"}, [], ["ConfigError", "report: nothing can be written at"]),
     "trace": ({}, ["trace=."], ["ConfigError", "trace: nothing can be written at .: it is a directory"]),
     "entrypoint of one rank": ({"output": {"entrypoint": "program:run"}}, [], ["ConfigError", "program:run"]),
 }  # fmt: skip
