@@ -213,7 +213,7 @@ class Pipeline:
                         work.wait()
                 with self._recorder.span("upload", round=flight.round.number):
                     self._stage.arrive()
-                with self._recorder.span("exchange" if self._on_device else "write", round=flight.round.number):
+                with self._recorder.span("exchange" if self._on_device else "write", bytes=0):
                     self._stage.settle()
         finally:
             flight.done.set_result(None)

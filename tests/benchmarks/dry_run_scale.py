@@ -54,7 +54,8 @@ def write(directory, layers):
 def config(directory, mesh, ranks):
     """A state dict by rules: what a builder of the user's would do besides is its own."""
     fsdp = {"match": "*", "shard": {"dp_shard": 0}}
-    settings = {"source": {"uri": str(directory)}, "model": {"builder": None}, "report": str(directory / "report.json")}
+    model = {"builder": None, "dequantize": False}
+    settings = {"source": {"uri": str(directory)}, "model": model, "report": str(directory / "report.json")}
     if mesh == "hsdp-tp":
         shards = min(32, ranks // 16)
         settings["mesh"] = {"dp_replicate": ranks // 8 // shards, "dp_shard": shards, "tp": 8}

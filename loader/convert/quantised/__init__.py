@@ -10,6 +10,7 @@ import torch
 from loader.convert.graph import Node, dequantises, keys_of
 from loader.convert.quantised import mxfp4, scaled
 from loader.errors import ConversionError
+from loader.formats.strict_json import quote
 
 _FIELDS = ("quantization_config", "compression_config")
 """Where config.json tells of it; the second is compressed-tensors' old name."""
@@ -45,9 +46,9 @@ def dequantise(keys: Mapping[str, Node], config: Mapping[str, Any]) -> dict[str,
     for a quantisation that is not known, for a quantised weight without scales, and where shapes do not fit.
     """
     method = config.get("quant_method", "compressed-tensors" if "config_groups" in config else None)
-    if method not in _SCHEMES:
+    if not isinstance(method, str) or method not in _SCHEMES:
         how = (
-            f"that the checkpoint is quantised as {method!r}"
+            f"that the checkpoint is quantised as {quote(method)}"
             if method
             else "of a quantization_config, and no quant_method"
         )
