@@ -243,6 +243,8 @@ INT4 = {**groups(), "config_groups": {"group_0": {"weights": {"type": "int", "nu
         (W, {"quant_method": "gptq", "bits": 4}, ["'gptq'", "fp8", "mxfp4", "model.dequantize: false"]),
         (W, {"quant_method": "bitsandbytes", "load_in_4bit": True}, ["'bitsandbytes'"]),
         (W, INT4, ["group_0", "num_bits': 4", "symmetric float8"]),
+        (W, {"quant_method": {"fp8": 1}}, ["quantised as {'fp8': 1}"]),
+        (W, groups(group_size=[20]), ["a block of scales", "[1, [20]]"]),
         (W, groups(symmetric=False), ["group_0", "'symmetric': False"]),
         (without("w_scale_inv"), BLOCKS, ["w is torch.float8_e4m3fn", "no w_scale_inv", "source.ignore"]),
         (W, {**BLOCKS, "weight_block_size": [32, 80]}, ["w_scale_inv is [22, 7]", "w is [1024, 512]", "[32, 7]"]),

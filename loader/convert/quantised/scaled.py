@@ -58,7 +58,7 @@ def compressed_tensors(keys: Mapping[str, Node], config: Mapping[str, Any]) -> I
             )
         if weights.get("block_structure"):
             blocks.append(_block(weights["block_structure"]))
-        elif weights.get("group_size") not in {None, 0, -1}:
+        elif weights.get("group_size") not in (None, 0, -1):  # a tuple: what config.json has there may be anything
             blocks.append(_block([1, weights["group_size"]]))
     return _weights(keys, "_scale", blocks, _CACHE if config.get("kv_cache_scheme") else ())
 
