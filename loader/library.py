@@ -57,7 +57,8 @@ def load(
     `expect` is a FingerprintError. `verify="checksum"` holds what was read against what the bucket, or a `.bin`'s own
     directory, says of it: CorruptionError where it differs, ConfigError where nothing can be checked.
 
-    `trace` is where a timeline of every rank is written, a local path or any fsspec URL: SinkError where it cannot be.
+    `trace` is where a timeline of every rank is written, a local path or any fsspec URL: ConfigError before anything
+    is read where no file can be made at a local path, and SinkError where it cannot be written in the end.
 
     Collective: every rank of the default process group calls it; without a group it is one process. Raises the same
     class from `loader.errors` on every rank, and leaves the group usable, unless a rank was lost.

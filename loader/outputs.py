@@ -7,7 +7,6 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 
 from loader.build import Model
 from loader.config import Output
@@ -22,7 +21,7 @@ from loader.place.targets import held_in, targets_of
 from loader.report import Source
 from loader.sinks import assets, directory, local, manifest
 from loader.stream.planning import alike_on_all_ranks, pack, unpack
-from loader.stream.save import go_on, save
+from loader.stream.save import save
 
 REMOVAL, REMOVAL_AFTER_A_LOSS = 4.0, 1.0
 """Seconds to remove what a run that fails has begun: all ranks are to end within 10, and a lost one was missed for 7.
@@ -129,7 +128,7 @@ class Outputs:
                 world_size=control.world_size,
                 about={"run": run, "uri": source.uri, "pins": source.pins, "fingerprint": fingerprint},
                 spend=self._wished.entrypoint is None,
-                go_on=partial(go_on, control),
+                go_on=control.go_on,
             )
         with control.phase("complete"):
             if self._first_of_node:

@@ -31,10 +31,8 @@ def run(config: Config, control: Control, device: torch.device, voice: Voice = P
         convert = own_conversion(config)
         dims = resolve_mesh(config.mesh, control.world_size)
         user_program = resolve(config.output.entrypoint) if config.output.entrypoint else None
-        if control.rank == 0:  # which writes them when all else is done
-            for name, path in ("report", config.report), ("trace", config.trace):
-                if path is not None:
-                    check_place(path, name)
+        if control.rank == 0 and config.report is not None:  # rank 0 writes it, when all else is done
+            check_place(config.report, "report")
     with control.phase("mesh"):  # a collective: no rank may have failed before it
         mesh = make_mesh(dims, device.type)
     with timeline.traced(control, config.trace), prepared(config.output, control, voice) as outputs:

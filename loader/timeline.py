@@ -19,7 +19,7 @@ from loader.errors import LoaderError, LostRankError, SinkError
 from loader.exchange.clocks import Offset, clock_offset
 from loader.exchange.control import Control
 from loader.ground.recording import Event
-from loader.sinks.document import write_document
+from loader.sinks.document import check_place, write_document
 from loader.stream.planning import pack, unpack
 
 KEPT = 4096
@@ -47,6 +47,7 @@ class Head(NamedTuple):
 def traced(control: Control, path: str | None) -> Iterator[None]:
     """Record what is done in this context, and write it to `path` at its end; None does neither. Every rank enters it.
 
+    Raises ConfigError before anything is done where nothing can be written at a local `path`, SinkError at the end.
     After an error what the ranks tell within a second is written, unless the store that they talk through is gone.
     """
     if path is None:
@@ -54,6 +55,8 @@ def traced(control: Control, path: str | None) -> Iterator[None]:
         return
     control.recorder.keep(max(1, min(KEPT, JOB // control.world_size)))
     with control.phase("clocks"):
+        if control.rank == 0:  # which writes it
+            check_place(path, "trace")
         offset = clock_offset(control)
     try:
         yield

@@ -267,7 +267,7 @@ def test_the_library_writes_one_too(checkpoint, tmp_path):
     assert {each["pid"] for each in _of(spans, "rounds")} == set(range(RANKS))
     (tmp_path / "file").touch()
     told = run_ranks(RANKS, _load, str(checkpoint), str(tmp_path / "file" / "trace.json"))
-    assert told == ["SinkError"] * RANKS
+    assert told == ["ConfigError"] * RANKS
 
 
 def test_a_trace_that_cannot_be_written_ends_the_job(checkpoint, tmp_path):

@@ -92,13 +92,17 @@ class Control(Watch):
 
     def agree(self, name: str) -> None:
         """Wait until every rank came here. Raises the job's error if there is one instead."""
-        if self.error is not None:
-            raise self.error  # who knows of it does not agree: so either all ranks go on or none
+        self.go_on()  # who knows of an error does not agree: so either all ranks go on or none
         self._phases[name] += 1  # a name may be used again: every rank comes as often
         name = f"{name}#{self._phases[name]}"
         if self.ask(lambda: self._store.add(f"{name}/count", 1)) == self.world_size:
             self.ask(lambda: self._store.set(f"{name}/done", "1"))
         self._wait(f"{name}/done")
+
+    def go_on(self) -> None:
+        """Raise the job's error if there is one: for work that may take minutes after another rank has failed."""
+        if self.error is not None:
+            raise self.error
 
     def leave(self, seconds: float) -> None:
         """Wait until every rank is about to end, at most `seconds`: so that no rank's end hides another's message."""

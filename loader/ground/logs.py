@@ -8,7 +8,7 @@ import socket
 import sys
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TextIO
 
 from loader.ground.progress import Show
 
@@ -40,11 +40,11 @@ class Voice:
         `text` its first word alone."""
         if self.level <= logging.INFO:
             told = self._line("info", text.partition(" ")[0] if fields else text, fields) if self.as_json else text
-            print(told, flush=True)  # noqa: T201
+            _write(told, sys.stdout)
 
     def end(self, text: str, **fields: Any) -> None:
         """On stderr: why the load failed."""
-        print(self._line("error", text, fields) if self.as_json else text, file=sys.stderr, flush=True)  # noqa: T201
+        _write(self._line("error", text, fields) if self.as_json else text, sys.stderr)
 
     def line(self, record: logging.LogRecord) -> str:
         """A log's record. In text, only what is not said to all and sundry tells when and by whom."""
@@ -78,4 +78,11 @@ class _ToStderr(logging.Handler):
     """To the stderr of the moment: it may be put elsewhere later."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)  # noqa: T201
+        _write(self.format(record), sys.stderr)
+
+
+def _write(text: str, stream: TextIO) -> None:
+    """A line, in one write: all ranks of a host write to one pipe, and `print` under `python -u`, as torchrun runs it,
+    writes the line's end by itself, after what another rank wrote meanwhile."""
+    stream.write(f"{text}\n")
+    stream.flush()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import wait
-from functools import partial
 from typing import TypeVar
 
 from loader.exchange.control import Control
@@ -24,7 +23,7 @@ def save(targets: Iterable[Filled], url: str, control: Control) -> None:
     Ranks wait for the slowest one's writes, and for none that is lost: either every rank returns or every rank raises
     one error, a SinkError that names the rank that failed, or a LostRankError.
     """
-    saving, everyone = Saving(targets, url, control.rank, partial(go_on, control)), range(control.world_size)
+    saving, everyone = Saving(targets, url, control.rank, control.go_on), range(control.world_size)
     with control.phase("save plan"):
         control.put("could save", pack(_unless_failed(control, saving.plan)))
         joined = []
@@ -55,9 +54,3 @@ def _unless_failed(control: Control, work: Callable[[], T]) -> T:
         return working.result()
     finally:
         caller.close()
-
-
-def go_on(control: Control) -> None:
-    """Leave what may take minutes when another rank has failed."""
-    if control.error is not None:
-        raise control.error

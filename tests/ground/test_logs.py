@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +116,31 @@ def test_an_error_is_a_json_line_of_each_rank(s3, checkpoint, tmp_path):
     assert sorted(each["rank"] for each in errors) == [0, 1]
     assert all((each["error"], each["exit_code"]) == ("StoreError", 1) for each in errors)
     assert len({each["first_rank"] for each in errors}) == 1
+
+
+SPEAKS = """
+import logging
+from loader.ground.logs import Voice
+voice = Voice(as_json={as_json})
+voice.start()
+logging.getLogger("loader").warning("first")
+voice.say("second")
+voice.end("third")
+"""
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_line_is_one_write_so_that_no_other_rank_writes_into_it(as_json):
+    """Under `python -u`, as torchrun runs ranks. A datagram is what one write is."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    environ = os.environ | {"PYTHONPATH": python_path()}
+    command = [sys.executable, "-u", "-c", SPEAKS.format(as_json=as_json)]
+    with ours, theirs:
+        subprocess.run(command, stdout=theirs, stderr=theirs, env=environ, check=True)
+        for said in ("first", "second", "third"):
+            line = ours.recv(4096, socket.MSG_DONTWAIT).decode()
+            assert said in line
+            assert line.index("\n") == len(line) - 1
 
 
 def test_on_a_terminal_there_is_a_bar(checkpoint, tmp_path):
