@@ -6,7 +6,6 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import TypeVar
 
 import tenacity
@@ -39,32 +38,31 @@ class Retry:
         pause: Pause,
         again: Callable[[str, Transient, float], None],
     ) -> None:
-        self._retries = retries
         self._until = until
         self._closed = closed
         self._pause = pause
         self._again = again
+        self._retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(Transient),
+            wait=_wait,
+            stop=tenacity.stop_any(
+                tenacity.stop_after_attempt(1 + retries),
+                tenacity.stop_when_event_set(closed),
+                self._no_time_left,  # type: ignore[arg-type]  # any callable does
+            ),
+            sleep=tenacity.sleep_using_event(closed),
+            before=lambda _: self.wait_out_the_pause(),
+            before_sleep=self._try_again_later,
+            reraise=True,
+        )
 
     def __call__(self, call: Callable[[], T], what: str) -> T:
         """What `call()` returns, which is to get `what`; or what it raises, but for Transient: then the last one, with
         the number of `tries`."""
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception_type(Transient),
-            wait=_wait,
-            stop=tenacity.stop_any(
-                tenacity.stop_after_attempt(1 + self._retries),
-                tenacity.stop_when_event_set(self._closed),
-                tenacity.stop_before_delay(max(0.0, self._until - time.monotonic())),
-            ),
-            sleep=tenacity.sleep_using_event(self._closed),
-            before=lambda _: self.wait_out_the_pause(),
-            before_sleep=partial(self._try_again_later, what),
-            reraise=True,
-        )
         try:
-            return retrying(call)
+            return self._retrying(lambda _: call(), what)
         except Transient as error:
-            error.tries = retrying.statistics["attempt_number"]
+            error.tries = self._retrying.statistics["attempt_number"]  # this thread's
             raise
 
     def wait_out_the_pause(self) -> None:
@@ -73,11 +71,14 @@ class Retry:
             if self._closed.wait(min(left + random.uniform(0, left), self._until - now)):
                 return
 
-    def _try_again_later(self, what: str, state: tenacity.RetryCallState) -> None:
+    def _no_time_left(self, state: tenacity.RetryCallState) -> bool:
+        return time.monotonic() + state.upcoming_sleep >= self._until
+
+    def _try_again_later(self, state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
         assert isinstance(error, Transient), "nothing else is tried again"
         seconds = state.next_action.sleep if state.next_action else 0.0
-        self._again(what, error, seconds)
+        self._again(state.args[0], error, seconds)
         if error.throttled:
             self._pause.extend(time.monotonic() + seconds)
 

@@ -29,7 +29,7 @@ def open_scheme(access: Access) -> Scheme:
     """
     scheme = _module(access.uri).open_scheme(access)
     if access.backend != "fsspec" and getattr(scheme, "direct", False):
-        return Direct(scheme, concurrency=access.concurrency, timeout=access.timeout, until=access.until)
+        return Direct(scheme, timeout=access.timeout, until=access.until)
     if access.backend == "direct":
         raise ValueError("read.backend direct does not serve this scheme with these storage_options: set it to auto")
     return scheme  # type: ignore[no-any-return]
