@@ -89,7 +89,9 @@ class Job:
             )
         with control.phase("catalog"):
             found = b""
-            if control.rank == 0:
+            if control.rank != 0:
+                self.store.prepare()
+            else:
                 found = pack(read_source(self.store, read.concurrency, checksums=checksums, code=code))
             self.source: Source = unpack(control.broadcast("source", found))
         self._held_bytes = max(0, anonymous_bytes() - before)

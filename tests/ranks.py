@@ -176,11 +176,12 @@ class _Rank:
 
     def has_ended(self) -> bool:
         """Take the message as soon as it is there, for a large one keeps the process alive until it is read."""
+        ended = not self.process.is_alive()  # before: what it sends last, it sends before it ends
         if not self.receiver.closed and self.receiver.poll():
             with contextlib.suppress(EOFError):
                 self.message = self.receiver.recv_bytes()
             self.receiver.close()
-        return not self.process.is_alive()
+        return ended
 
     def end(self) -> None:
         self.hung = True

@@ -24,7 +24,11 @@ from loader.ground.progress import Reached
 from loader.ground.recording import Recorder
 
 POLL = (0.001, 0.1)
-"""First and longest pause in seconds between looks at a key. (The store's own `wait` cannot be interrupted.)"""
+"""Shortest and longest pause in seconds between looks at a key. (The store's own `wait` cannot be interrupted.)"""
+LATE = 1 / 8
+"""Of how long a key was waited for, the pause: by that part a rank comes later than it could."""
+LOOKS = 50_000
+"""A second, of all ranks together: a pause is no shorter than that allows."""
 LEAVING = 0.02
 """Seconds between looks at who is about to end, more for over 200 ranks. All are to end at once: when the first one's
 torchrun agent is gone, and hosted the rendezvous, the next agent fails for that and tells no cause."""
@@ -187,9 +191,10 @@ class Control(Watch):
 
     def _wait(self, name: str) -> None:
         """Return as soon as `name` is there: what all ranks agreed on counts even where an error came just after."""
-        pause, longest = POLL
+        shortest, longest = POLL
+        shortest = max(shortest, min(longest, self.world_size / LOOKS))
+        begun = time.monotonic()
         while not self.ask(lambda: self._store.check([name])):
             if self._error is not None:
                 raise self._error
-            time.sleep(pause)
-            pause = min(2 * pause, longest)
+            time.sleep(min(longest, max(shortest, LATE * (time.monotonic() - begun))))

@@ -90,6 +90,10 @@ class Addressed(Listed, Protocol):
     def refusal(self, status: int, reason: str, body: bytes) -> Exception | None:
         """What an unsuccessful reply means, as one of the errors of `read`."""
 
+    # One may have besides
+    #     def any_address(self) -> Address
+    # That of no file, for what making the first address takes: credentials, a region. Raises as `read` does.
+
 
 class Transient(Exception):  # noqa: N818 - it is a verdict on an error, told apart from errors that end the load
     """Another try may mend it, unless nothing is left: `filled` bytes at the front of the buffer are right already.

@@ -56,6 +56,11 @@ class Direct:
                     socket.socket.shutdown(connection, socket.SHUT_RDWR)  # TLS's own would take its state away
         self._connections.close()
 
+    def prepare(self) -> None:
+        """What the first range would wait for. Raises as `read` does."""
+        if any_address := getattr(self._scheme, "any_address", None):
+            self._connections.prepare(any_address().url)
+
     def names(self) -> list[str] | None:
         return self._scheme.names()
 

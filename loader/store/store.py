@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -158,6 +159,15 @@ class Store:
         if buffer:
             self._fill(name, stat.pin, 0, memoryview(buffer), counted=False)
         return bytes(buffer)
+
+    def prepare(self) -> None:
+        """Begin, beside whatever else is done, with what the first range would wait for: credentials, a signature."""
+
+        def prepare() -> None:
+            with suppress(Exception):  # the first range meets it again, and has retries and words for it
+                getattr(self._scheme, "prepare", lambda: None)()
+
+        threading.Thread(target=prepare, name="loader-prepare", daemon=True).start()
 
     def begin(self) -> None:
         """From here on it is the checkpoint's ranges that are read: how many at once pay is found anew."""

@@ -93,6 +93,9 @@ class GsScheme:
         query = urlencode(self.fs._get_params({"alt": "media", "generation": pin}))  # noqa: SLF001
         return Address(f"{self._url(bucket, key)}?{query}", self._allowed({}))
 
+    def any_address(self) -> Address:
+        return self.address("any", "0")
+
     def pin_of(self, headers: Mapping[str, str], pin: str) -> str:
         return headers.get("x-goog-generation", pin)
 

@@ -123,6 +123,9 @@ class S3Scheme:
         agent = client.meta.config.user_agent_extra
         return Address(self._call(sign), {"If-Match": _etag(pin), **({"User-Agent": agent} if agent else {})})
 
+    def any_address(self) -> Address:
+        return self.address("any", "")
+
     def _find_signer(self, bucket: str) -> Any:
         """A file system that signs for the bucket's own region: botocore follows the bucket there only with requests
         that it sends itself."""
