@@ -50,7 +50,8 @@ def distributed_streamer(job: Job, state: Mapping[str, DTensor]) -> None:
 
 
 def _stream(job: Job, state: Mapping[str, DTensor], *, is_distributed: bool) -> None:
-    """Run:ai's model streamer brings every rank all tensors; each keeps its part."""
+    """Run:ai's model streamer brings every rank all tensors; each keeps its part. It has to hold the largest of them."""
+    largest = max(tensor.numel() * tensor.element_size() for tensor in state.values())
     os.environ |= {
         "AWS_ENDPOINT_URL": job.storage_options["client_kwargs"]["endpoint_url"],
         "AWS_ACCESS_KEY_ID": job.storage_options["key"],
@@ -58,7 +59,7 @@ def _stream(job: Job, state: Mapping[str, DTensor], *, is_distributed: bool) -> 
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
         "RUNAI_STREAMER_S3_USE_VIRTUAL_ADDRESSING": "0",
-        "RUNAI_STREAMER_MEMORY_LIMIT": str(job.budget),
+        "RUNAI_STREAMER_MEMORY_LIMIT": str(max(job.budget, largest)),
         "RUNAI_STREAMER_DIST": "1",
         "RUNAI_STREAMER_DIST_GLOBAL": "1",  # all ranks share out what is read, not those of each host
         "RUNAI_STREAMER_LOG_LEVEL": "WARNING",
