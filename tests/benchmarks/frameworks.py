@@ -50,7 +50,7 @@ def distributed_streamer(job: Job, state: Mapping[str, DTensor]) -> None:
 
 
 def _stream(job: Job, state: Mapping[str, DTensor], *, is_distributed: bool) -> None:
-    """Run:ai's model streamer brings every rank all tensors; each keeps its part. It has to hold the largest of them."""
+    """Run:ai's model streamer brings every rank all tensors; each keeps its part. It must hold the largest."""
     largest = max(tensor.numel() * tensor.element_size() for tensor in state.values())
     os.environ |= {
         "AWS_ENDPOINT_URL": job.storage_options["client_kwargs"]["endpoint_url"],
