@@ -133,8 +133,10 @@ class S3Scheme:
         async def ask() -> str | None:
             try:
                 reply = await self.fs.s3.head_bucket(Bucket=bucket)
-            except ClientError as error:  # a refusal tells the region too
-                reply = error.response
+            except ClientError as error:
+                if isinstance(translated(error), Transient):
+                    raise
+                reply = error.response  # a refusal tells the region too
             region: str | None = reply["ResponseMetadata"].get("HTTPHeaders", {}).get("x-amz-bucket-region")
             return region
 
