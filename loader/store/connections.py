@@ -62,9 +62,9 @@ class Lent(NamedTuple):
     def get(self, headers: Mapping[str, str]) -> HTTPResponse:
         """The reply, whose body is to be read to its end. Raises Late, Transient and Unusable."""
         try:
-            self.connection.request(
-                "GET", self.way.target, headers={"User-Agent": AGENT, **self.way.headers, **headers}
-            )
+            said = ({"User-Agent": AGENT}, self.way.headers, headers)  # each instead of those before, in any case
+            once = {name.title(): value for each in said for name, value in each.items()}
+            self.connection.request("GET", self.way.target, headers=once)
             return self.connection.getresponse()
         except TimeoutError as error:
             raise Late(told(error)) from error

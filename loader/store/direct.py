@@ -74,12 +74,12 @@ class Direct:
         address = self._addresses.get((name, pin))
         if address is None:
             address = self._addresses[name, pin] = self._scheme.address(name, pin)
-        wanted = {**address.headers, "Range": f"bytes={start}-{start + len(buffer) - 1}"}
+        wanted = {"Range": f"bytes={start}-{start + len(buffer) - 1}", "Accept-Encoding": "identity"}
         with (
             self._connections.lent(address.url, min(silence, self._timeout)) as lent,
             self._interruptible(lent.socket),
         ):
-            reply = lent.get(wanted)
+            reply = lent.get({**address.headers, **wanted})
             self._check(reply, name, pin, start, len(buffer))
             _receive(reply, buffer)
 

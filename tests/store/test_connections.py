@@ -61,6 +61,14 @@ def test_a_connection_is_kept_for_as_long_as_no_server_closes_it(served, monkeyp
     store.close()
 
 
+def test_a_header_is_sent_once_however_its_name_is_written(served):
+    store = store_at(served.url, headers={"user-agent": "me", "accept-encoding": "gzip", "X-Mine": "1"})
+    assert read(store) == DATA[100:1100]
+    (request,) = gets(served)
+    for name, values in {"User-Agent": ["me"], "Accept-Encoding": ["identity"], "X-Mine": ["1"]}.items():
+        assert request.headers.get_all(name) == values
+
+
 def test_a_server_that_says_that_it_closes_a_connection(served):
     def closing(request, forward):
         reply = forward(request)
