@@ -28,7 +28,7 @@ POLL = (0.001, 0.1)
 LATE = 1 / 8
 """Of how long a key was waited for, the pause: by that part a rank comes later than it could."""
 LOOKS = 50_000
-"""A second, of all ranks together: a pause is no shorter than that allows."""
+"""A second, of all ranks together: no pause but the longest is shorter than that allows."""
 LEAVING = 0.02
 """Seconds between looks at who is about to end, more for over 200 ranks. All are to end at once: when the first one's
 torchrun agent is gone, and hosted the rendezvous, the next agent fails for that and tells no cause."""

@@ -81,8 +81,10 @@ class _ToStderr(logging.Handler):
         _write(self.format(record), sys.stderr)
 
 
-def _write(text: str, stream: TextIO) -> None:
+def _write(text: str, stream: TextIO | None) -> None:
     """A line, in one write: all ranks of a host write to one pipe, and `print` under `python -u`, as torchrun runs it,
-    writes the line's end by itself, after what another rank wrote meanwhile."""
-    stream.write(f"{text}\n")
-    stream.flush()
+    writes the line's end by itself, after what another rank wrote meanwhile. Like `print`, nothing where the process
+    was started without the stream."""
+    if stream is not None:
+        stream.write(f"{text}\n")
+        stream.flush()

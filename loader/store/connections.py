@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import select
 import ssl
 import time
 from base64 import b64encode
@@ -15,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, InvalidURL
+from pathlib import Path
 from socket import socket
 from typing import NamedTuple
 from urllib.parse import SplitResult, quote, unquote, urlsplit
@@ -25,7 +28,7 @@ import certifi
 from loader.store.base import Late, Transient, Unusable, told
 
 FRESH = 2.0
-"""Seconds for which an idle connection is used again. Many servers close one after 5, and do not say so."""
+"""Seconds for which an idle connection is used again. Many servers close one after 5."""
 
 AGENT = f"Python/{platform.python_version()} http.client"
 """Who asks, unless the address says: some servers refuse whoever does not tell."""
@@ -40,6 +43,12 @@ class Place(NamedTuple):
     tls: bool
     host: str
     port: int
+
+    @property
+    def written(self) -> str:
+        """As in a URL."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == (443 if self.tls else 80) else f"{host}:{self.port}"
 
 
 class Way(NamedTuple):
@@ -68,6 +77,8 @@ class Lent(NamedTuple):
             return self.connection.getresponse()
         except TimeoutError as error:
             raise Late(told(error)) from error
+        except InvalidURL:  # whose text has the URL, and that a signature
+            raise Unusable("this is no valid URL") from None
         except (OSError, HTTPException) as error:
             raise Transient(told(error)) from error
         except ValueError:
@@ -80,6 +91,7 @@ class Connections:
     def __init__(self, timeout: float) -> None:
         """`timeout` in seconds is for a connection to be made."""
         self._timeout = timeout
+        self._closed = False
         self._ways: dict[str, Way] = {}
         self._idle: dict[tuple[Place, Place | None], deque[tuple[float, HTTPConnection]]] = {}
 
@@ -91,14 +103,16 @@ class Connections:
         Raises Transient where none can be made, and Unusable for a URL, a proxy or a certificate that does not do.
         """
         way = self._ways.get(url) or self._ways.setdefault(url, self._way(url))
-        connection = _last(way.idle, time.monotonic() - FRESH) or way.connect()
+        connection = _last(way.idle) or way.connect()
         try:
             connection.sock.settimeout(silence)
             yield Lent(way, connection, connection.sock)
         except BaseException:
             connection.close()
             raise
-        if connection.sock is not None:  # the server has not said that it closes it
+        if self._closed or connection.sock is None:  # the server has said that it closes it
+            connection.close()
+        else:
             way.idle.append((time.monotonic(), connection))
 
     def prepare(self, url: str) -> None:
@@ -107,39 +121,38 @@ class Connections:
             _ = self._trusted
 
     def close(self) -> None:
-        """Close those that nobody uses."""
+        """Close those that nobody uses, and keep no other."""
+        self._closed = True
         for idle in list(self._idle.values()):
-            while connection := _last(idle):
-                connection.close()
+            for _ in range(len(idle)):
+                with suppress(IndexError):  # another thread took it
+                    idle.pop()[1].close()
 
     def _way(self, url: str) -> Way:
         try:
             parts = urlsplit(url)
-            place, proxy = _place(parts), _proxy_for(parts)
-            via = _place(proxy) if proxy else None
+            place = _place(parts)
         except ValueError:
             raise Unusable("this is no valid URL") from None
-        target = quote(f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}", safe=AS_IT_IS)
+        proxy, via = _proxy_for(parts.scheme, place)
+        path = f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}"
+        target = quote(re.sub("%(?![0-9A-Fa-f]{2})", "%25", path), safe=AS_IT_IS)
         headers, allowed = _basic("Authorization", parts), _basic("Proxy-Authorization", proxy)
-        if via and via.tls:
-            raise Unusable("a proxy that is spoken to over TLS is left to read.backend: fsspec")
         if via and not place.tls:
-            target, headers = f"http://{parts.netloc.rpartition('@')[2]}{target}", {**headers, **allowed}
+            target, headers = f"http://{place.written}{target}", {**headers, **allowed}
         connect = partial(self._connect, place, via, allowed)
         return Way(target, headers, connect, self._idle.setdefault((place, via), deque()))
 
     def _connect(self, place: Place, via: Place | None, allowed: dict[str, str]) -> HTTPConnection:
         _, host, port = via or place
+        if place.tls:
+            connection: HTTPConnection = HTTPSConnection(host, port, timeout=self._timeout, context=self._trusted)
+            if via:
+                connection.set_tunnel(place.host, place.port, allowed)
+        else:
+            connection = HTTPConnection(host, port, timeout=self._timeout)
         try:
-            if place.tls:
-                connection: HTTPConnection = HTTPSConnection(host, port, timeout=self._timeout, context=self._trusted)
-                if via:
-                    connection.set_tunnel(place.host, place.port, allowed)
-            else:
-                connection = HTTPConnection(host, port, timeout=self._timeout)
             connection.connect()
-        except (InvalidURL, UnicodeError):
-            raise Unusable("this is no valid URL") from None
         except ssl.SSLCertVerificationError as error:
             raise Unusable(f"the server's certificate was not accepted: {told(error)}") from error
         except (OSError, HTTPException) as error:
@@ -150,31 +163,56 @@ class Connections:
     def _trusted(self) -> ssl.SSLContext:
         """The authorities': those that the environment names, as others read it, or certifi's."""
         named = (os.environ.get(name) for name in ("AWS_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "SSL_CERT_FILE"))
-        return ssl.create_default_context(cafile=next(filter(None, named), certifi.where()))
+        path = Path(next(filter(None, named), certifi.where()))
+        many = path.is_dir()
+        try:
+            context = ssl.create_default_context(cafile=None if many else path, capath=path if many else None)
+        except OSError as error:
+            raise Unusable(f"the certificates of authorities at {path} cannot be read: {told(error)}") from error
+        context.set_alpn_protocols(["http/1.1"])
+        return context
 
 
-def _last(idle: deque[tuple[float, HTTPConnection]], since: float = 0.0) -> HTTPConnection | None:
-    """Of the idle connections, the one that was used last, if that was after `since`. Older ones are closed."""
+def _last(idle: deque[tuple[float, HTTPConnection]]) -> HTTPConnection | None:
+    """Of the idle connections, the one that was used last, unless that is long ago, or the server has closed it. Those
+    that are not used any more are closed."""
     with suppress(IndexError):
         while True:
             used, connection = idle.pop()
-            if used > since:
+            if time.monotonic() - used < FRESH and not _says_something(connection.sock):
                 return connection
             connection.close()
     return None
 
 
+def _says_something(idle: socket) -> bool:
+    """Whether the server has, though it was asked for nothing: that it closes the connection, as a rule."""
+    poll = select.poll()  # and not `select`, which takes no file number above 1,023
+    poll.register(idle, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 def _place(parts: SplitResult) -> Place:
-    if parts.scheme not in {"http", "https"} or not parts.hostname:
+    """Raises ValueError where the URL leads to none."""
+    if parts.scheme not in {"http", "https"} or not parts.hostname or re.search(r"[\x00-\x20\x7f]", parts.hostname):
         raise ValueError(parts)
     tls = parts.scheme == "https"
-    return Place(tls, parts.hostname, parts.port or (443 if tls else 80))
+    return Place(tls, parts.hostname.encode("idna").decode(), parts.port or (443 if tls else 80))
 
 
-def _proxy_for(parts: SplitResult) -> SplitResult | None:
-    """The environment's."""
-    proxy = "" if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme, "")
-    return urlsplit(proxy if "://" in proxy else f"http://{proxy}") if proxy else None
+def _proxy_for(scheme: str, place: Place) -> tuple[SplitResult | None, Place | None]:
+    """The environment's, if it names one. Raises Unusable for one that is not served."""
+    named = "" if proxy_bypass(place.host) else getproxies().get(scheme, "")
+    if not named:
+        return None, None
+    try:
+        proxy = urlsplit(named if "://" in named else f"http://{named}")
+        via = _place(proxy)
+    except ValueError:
+        raise Unusable(f"what the environment names as the proxy for {scheme}:// is no http:// URL") from None
+    if via.tls or (place.tls and ":" in place.host):  # the library writes such a host so that no proxy reads it
+        raise Unusable("a proxy over TLS, or one to an IPv6 address, is left to read.backend: fsspec")
+    return proxy, via
 
 
 def _basic(header: str, parts: SplitResult | None) -> dict[str, str]:

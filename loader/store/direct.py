@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from http.client import HTTPException, HTTPResponse
 
 from loader.store.base import (
@@ -57,7 +57,7 @@ class Direct:
         self._connections.close()
 
     def prepare(self) -> None:
-        """What the first range would wait for. Raises as `read` does."""
+        """What the first range would wait for, where the scheme tells. Raises as `read` does."""
         if any_address := getattr(self._scheme, "any_address", None):
             self._connections.prepare(any_address().url)
 
@@ -78,8 +78,10 @@ class Direct:
         with (
             self._connections.lent(address.url, min(silence, self._timeout)) as lent,
             self._interruptible(lent.socket),
+            closing(lent.get({**address.headers, **wanted})) as reply,  # it may have taken the socket over
         ):
-            reply = lent.get({**address.headers, **wanted})
+            if self._closed:  # which passes for the head's end
+                raise Transient("all reading has ended")
             self._check(reply, name, pin, start, len(buffer))
             _receive(reply, buffer)
 

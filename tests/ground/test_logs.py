@@ -143,6 +143,11 @@ def test_a_line_is_one_write_so_that_no_other_rank_writes_into_it(as_json):
             assert line.index("\n") == len(line) - 1
 
 
+def test_nothing_is_said_where_the_streams_were_closed():
+    command = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh", sys.executable, "-c", SPEAKS.format(as_json=False)]
+    assert subprocess.run(command, env=os.environ | {"PYTHONPATH": python_path()}, check=False).returncode == 0
+
+
 def test_on_a_terminal_there_is_a_bar(checkpoint, tmp_path):
     ours, theirs = pty.openpty()
     environ = {name: each for name, each in os.environ.items() if name not in {"RANK", "WORLD_SIZE"}}

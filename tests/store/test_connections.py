@@ -4,15 +4,19 @@ and passwords in URLs, and characters that are to be encoded."""
 from __future__ import annotations
 
 import contextlib
+import gc
+import select
 import socket
 import ssl
 import threading
+import time
 from base64 import b64encode
 from collections.abc import Iterator
 
+import psutil
 import pytest
 
-from loader.errors import CatalogError
+from loader.errors import CatalogError, StoreError
 from loader.store import connections
 from loader.store.base import Access, Backend
 from loader.store.store import Store
@@ -82,14 +86,64 @@ def test_a_server_that_says_that_it_closes_a_connection(served):
     assert store.tally.retries == 0
 
 
+NAMES = ["model 1.safetensors", "modèle+1.safetensors", "model%201.safetensors", "100%.safetensors"]
+
+
 @pytest.mark.parametrize("backend", ["direct", "fsspec"])
-@pytest.mark.parametrize("name", ["model 1.safetensors", "modèle+1.safetensors", "model%201.safetensors"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_name_is_asked_for_as_the_schemes_own_client_does(served, tmp_path, backend, name):
     (tmp_path / "model 1.safetensors").write_bytes(DATA)
     (tmp_path / name).write_bytes(DATA)
     store = store_at(served.url, backend)
     assert read(store, name) == DATA[100:1100]
     assert len({request.target for request in served.requests}) == 1, "as it was asked for its size"
+
+
+@contextlib.contextmanager
+def hasty_server() -> Iterator[tuple[int, list[bytes]]]:
+    """Answers one request of each connection and closes it, without having said so; gives its port, and what came."""
+    came: list[bytes] = []
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = server.accept()
+                with connection:
+                    came.append(connection.recv(65536))
+                    connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=serve, daemon=True).start()
+        yield server.getsockname()[1], came
+        server.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_server_that_closes_an_idle_connection_without_a_word():
+    reader = connections.Connections(10.0)
+    with hasty_server() as (port, came):
+        for number in range(3):
+            with reader.lent(f"http://127.0.0.1:{port}/{number}", 10.0) as lent:
+                assert lent.get({}).read() == b"ok"
+            assert select.select([lent.socket], [], [], 10)[0], "the end of the connection has come"
+    assert len(came) == 3
+    reader.close()
+
+
+def test_a_failed_reply_leaves_no_socket_open(served):
+    """Not until the garbage is collected either: a bucket that throttles may close each connection."""
+    store = store_at(served.url)
+    pin = store.stat(NAME).pin
+    served.on_request(lambda *_: Reply(503, [("Connection", "close")], [b"busy"]))
+    gc.disable()
+    try:
+        before = psutil.Process().num_fds()
+        for _ in range(10):
+            with pytest.raises(StoreError, match="503"):
+                store.read(NAME, pin, 0, memoryview(bytearray(10)))
+        time.sleep(0.2)  # the proxy, which is in this process, closes its own
+        assert psutil.Process().num_fds() <= before + 3
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("backend", ["direct", "fsspec"])
@@ -177,7 +231,7 @@ def test_tls_through_a_proxy_that_asks_who_it_is(tmp_path, monkeypatch):
             else:
                 with pytest.raises(connections.Transient, match="407"), reader.lent(f"{url}/{NAME}", 10.0):
                     pass
-        assert tunnel.asked == [f"CONNECT {url.removeprefix('https://')} HTTP/1.0"] * 2
+        assert [asked.rsplit(" ", 1)[0] for asked in tunnel.asked] == [f"CONNECT {url.removeprefix('https://')}"] * 2
         reader.close()
 
 
@@ -193,6 +247,21 @@ def test_a_proxy_with_a_user_and_without_tls(served, monkeypatch):
     reader.close()
 
 
+@pytest.mark.parametrize(
+    ("host", "asked"),
+    [("bücher.test", "xn--bcher-kva.test"), ("Bucket.TEST", "bucket.test"), ("[::1]:8080", "[::1]:8080")],
+)
+def test_hosts_through_a_proxy(served, monkeypatch, host, asked):
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setenv("http_proxy", served.url.removeprefix("http://"))
+    reader = connections.Connections(10.0)
+    with reader.lent(f"http://{host}/x", 10.0) as lent:
+        lent.get({}).read()
+    (request,) = served.requests
+    assert (request.target, request.headers["Host"]) == (f"http://{asked}/x", asked)
+    reader.close()
+
+
 INVALID = ["ftp://host/x", "http://", "http://host:port/x", "http://ho st/x", f"http://{'a' * 64}.b/"]
 
 
@@ -202,11 +271,26 @@ def test_no_valid_url(url):
         pass
 
 
-def test_a_proxy_over_tls_is_left_to_the_client_library(monkeypatch):
+@pytest.mark.parametrize(
+    ("proxy", "url", "says"),
+    [
+        ("https://proxy.test", "https://host.test/", r"a proxy over TLS.*read\.backend: fsspec"),
+        ("http://proxy.test", "https://[::1]/", r"to an IPv6 address.*read\.backend: fsspec"),
+        ("socks5://me:secret@proxy.test", "https://host.test/", "names as the proxy for https:// is no http:// URL"),
+    ],
+)
+def test_a_proxy_that_does_not_do(monkeypatch, proxy, url, says):
     monkeypatch.setenv("no_proxy", "")
-    monkeypatch.setenv("https_proxy", "https://proxy.test")
+    monkeypatch.setenv("https_proxy", proxy)
+    with pytest.raises(connections.Unusable, match=says), connections.Connections(10.0).lent(url, 10.0):
+        pass
+
+
+def test_certificates_that_cannot_be_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "nowhere.pem"))
+    says = r"authorities at .*nowhere\.pem cannot be read"
     with (
-        pytest.raises(connections.Unusable, match=r"read\.backend: fsspec"),
+        pytest.raises(connections.Unusable, match=says),
         connections.Connections(10.0).lent("https://host.test/", 10.0),
     ):
         pass

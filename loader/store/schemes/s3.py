@@ -134,7 +134,8 @@ class S3Scheme:
             try:
                 reply = await self.fs.s3.head_bucket(Bucket=bucket)
             except ClientError as error:
-                if isinstance(translated(error), Transient):
+                status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+                if isinstance(translated(error), Transient) and status != 501:  # a server that has no such request
                     raise
                 reply = error.response  # a refusal tells the region too
             region: str | None = reply["ResponseMetadata"].get("HTTPHeaders", {}).get("x-amz-bucket-region")
