@@ -89,10 +89,10 @@ class Job:
             )
         with control.phase("catalog"):
             found = b""
-            if control.rank != 0:
-                self.store.prepare()
-            else:
+            if control.rank == 0:
                 found = pack(read_source(self.store, read.concurrency, checksums=checksums, code=code))
+            else:
+                self.store.prepare()
             self.source: Source = unpack(control.broadcast("source", found))
         self._held_bytes = max(0, anonymous_bytes() - before)
 
