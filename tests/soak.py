@@ -158,6 +158,7 @@ def soak(loads: int, seed: int, scratch: Path) -> collections.Counter[str]:
             options,
             whole,
             seed,
+            nodes=2,
             timeout=60 + SLOWEST * loads,
             env={"TMPDIR": str(temporary)},
         )

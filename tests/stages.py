@@ -25,6 +25,8 @@ class _Apart:
 
 
 class Elsewhere(HostStage):
+    on_host = False
+
     def allocate(self, size: int) -> Memory:
         return _Apart(size)
 

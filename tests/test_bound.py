@@ -158,7 +158,7 @@ def _load(uri: str, options: Sequence[Mapping[str, Any]], throttle: str = "", **
 
 
 def load(uri: str, options: Sequence[Mapping[str, Any]], **how: Any) -> tuple[str, str, dict]:
-    found = run_ranks(RANKS, _call, uri, options, how)
+    found = run_ranks(RANKS, _call, uri, options, how, nodes=RANKS)
     assert all(each == found[0] for each in found)
     return found[0]
 

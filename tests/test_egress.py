@@ -19,6 +19,8 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 import loader
 from loader.formats.safetensors import header_length, parse_header
+from loader.plan.schedule import Receive
+from loader.stream.pipeline import Pipeline
 from tests.proxy import CountingProxy
 from tests.ranks import run_ranks
 from tests.shards import blank, differences, shard, write_file
@@ -108,7 +110,8 @@ class Bucket(NamedTuple):
 
 
 class Count(NamedTuple):
-    """What one run came to: arrays over ranks, of byte counts for every byte of all files."""
+    """What one run came to: arrays over ranks, of byte counts for every byte of all files. `sent` are bytes from a rank
+    to another: in messages, and what one of its node took from its memory."""
 
     needs: np.ndarray
     reads: np.ndarray
@@ -127,31 +130,40 @@ def _indices(keys: Sequence[str], mesh: Any, placements: Sequence[Placement]) ->
 
 
 def _load(uri: str, options: Sequence[Mapping], layout: str, keys: Sequence[str], arguments: Mapping) -> tuple:
-    sent = [0] * WORLD
-    send = dist.isend
+    sent, taken = [0] * WORLD, [0] * WORLD
+    send, take = dist.isend, Pipeline._take
 
     def counted(tensor: torch.Tensor, *, group_dst: int, **rest: Any) -> Any:
         sent[group_dst] += tensor.nbytes if tensor.dtype is torch.uint8 else 0  # else it is a message's CRC
         return send(tensor, group_dst=group_dst, **rest)
 
-    dist.isend = counted
+    def counted_too(self: Pipeline, receive: Receive) -> None:
+        taken[receive.sender] += receive.message.size
+        take(self, receive)
+
+    dist.isend, Pipeline._take = counted, counted_too
     sizes, placements = LAYOUTS[layout]
     mesh = init_device_mesh("cpu", sizes)
     expected = {key: shard(tensor, mesh, placements) for key, tensor in _whole().items() if key in keys}
     state = {key: blank(tensor) for key, tensor in expected.items()}
     report = loader.load(state, uri, storage_options=options[dist.get_rank()], range_size=RANGE, **arguments)
     assert differences(state, expected) == []
-    return _indices(keys, mesh, placements), sent, report
+    return _indices(keys, mesh, placements), sent, taken, report
 
 
 def count(
-    bucket: Bucket, layout: str, *, keys: Sequence[str] = tuple(SHAPES), nodes: int = 1, **arguments: Any
+    bucket: Bucket, layout: str, *, keys: Sequence[str] = tuple(SHAPES), nodes: int = 2, **arguments: Any
 ) -> Count:
+    """The ranks of one node share memory, and send those of the other messages."""
     bucket.proxy.reset()
     ranks = run_ranks(WORLD, _load, bucket.uri, bucket.options, layout, keys, arguments, nodes=nodes)
-    needs = np.stack([np.concatenate(bucket.needed(indices)) for indices, _, _ in ranks])
+    needs = np.stack([np.concatenate(bucket.needed(indices)) for indices, _, _, _ in ranks])
     reads = np.stack([np.concatenate(bucket.read(rank)) for rank in range(WORLD)])
-    return Count(needs, reads, np.array([sent for _, sent, _ in ranks]), ranks[0][2])
+    messages, taken = (np.array([rank[way] for rank in ranks]) for way in (1, 2))
+    near = np.kron(np.eye(nodes, dtype=bool), np.ones((WORLD // nodes,) * 2, bool))
+    assert not messages[near].any()
+    assert not taken.T[~near].any()
+    return Count(needs, reads, messages + taken.T, ranks[0][3])
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)

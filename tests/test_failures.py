@@ -197,7 +197,9 @@ def suffered(s3, tmp_path_factory):
         proxy.on_request(trouble)
         endpoints = [proxy.url_for(rank) for rank in range(RANKS)]
         try:
-            outcomes = run_ranks(RANKS, _suffer, uri, endpoints, env=s3.environment, outcomes=True, timeout=180)
+            outcomes = run_ranks(
+                RANKS, _suffer, uri, endpoints, env=s3.environment, nodes=2, outcomes=True, timeout=180
+            )
         finally:
             trouble.stop.set()
         for outcome in outcomes:

@@ -105,6 +105,12 @@ def test_every_layout_shape_and_dtype(checkpoint, read, device):
     assert run_ranks(4, _load_layouts, *checkpoint, read, device) == [[]] * 4
 
 
+@pytest.mark.parametrize("nodes", [2, 4])
+@pytest.mark.parametrize("read", READS, ids=["defaults", "small ranges"])
+def test_every_layout_on_several_nodes(checkpoint, read, nodes):
+    assert run_ranks(4, _load_layouts, *checkpoint, read, nodes=nodes) == [[]] * 4
+
+
 @pytest.mark.parametrize("share", ["node", "none"])
 def test_every_layout_where_less_is_shared(checkpoint, share):
     assert run_ranks(4, _load_layouts, *checkpoint, {"share": share, **READS[1]}, nodes=2) == [[]] * 4

@@ -26,6 +26,8 @@ BUDGET = 16 * MIB
 WITH_CLIENT = 32 * MIB
 """An open S3 client takes 16 MiB, whatever it reads (botocore's models), and is counted."""
 LAYOUTS = {"fsdp": Shard(0), "tp columns": Shard(1), "replicated": Replicate()}
+NODES = [1, 4]
+"""Of one, ranks share memory; between several they send messages, which they hold beside what they read."""
 SHAPES = {"large": (4096, 5632), **{f"layers.{n}": (2048, 1024) for n in range(30)}, "odd": (1021, 513)}
 
 
@@ -111,25 +113,28 @@ def uri(s3, directory):
     return s3.put(directory)
 
 
-def _check(uri: str, options: Mapping, layout: str, budget: int, *range_size: str) -> None:
-    for wrong, peak, report in run_ranks(4, _load, uri, options, layout, budget, *range_size):
+def _check(uri: str, options: Mapping, layout: str, budget: int, *range_size: str, nodes: int = 1) -> None:
+    for wrong, peak, report in run_ranks(4, _load, uri, options, layout, budget, *range_size, nodes=nodes):
         assert wrong == []
         assert peak <= budget
         assert 0 < report.memory.peak_over_shards_bytes <= budget == report.memory.budget_bytes
 
 
+@pytest.mark.parametrize("nodes", NODES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_peak_above_the_shards_is_within_the_budget(directory, layout):
-    _check(str(directory), {}, layout, BUDGET)
+def test_the_peak_above_the_shards_is_within_the_budget(directory, layout, nodes):
+    _check(str(directory), {}, layout, BUDGET, nodes=nodes)
 
 
+@pytest.mark.parametrize("nodes", NODES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_bucket_s_client_is_within_it_too(s3, uri, layout):
-    _check(uri, s3.storage_options, layout, WITH_CLIENT)
+def test_a_bucket_s_client_is_within_it_too(s3, uri, layout, nodes):
+    _check(uri, s3.storage_options, layout, WITH_CLIENT, nodes=nodes)
 
 
-def test_what_small_ranges_take_beside_their_bytes_is_within_it(s3, uri):
-    _check(uri, s3.storage_options, "replicated", 2 * WITH_CLIENT, "64KiB")
+@pytest.mark.parametrize("nodes", NODES)
+def test_what_small_ranges_take_beside_their_bytes_is_within_it(s3, uri, nodes):
+    _check(uri, s3.storage_options, "replicated", 2 * WITH_CLIENT, "64KiB", nodes=nodes)
 
 
 def _refused(uri: str, options: Mapping) -> str:

@@ -14,11 +14,15 @@ from torch import Tensor
 from loader.errors import CorruptionError, LostRankError
 
 
-class Work(Protocol):
-    """A message that is under way."""
+class Sent(Protocol):
+    """Something that is under way to other ranks."""
 
     def wait(self) -> None:
         """Wait for its end. Raises LostRankError where the connection broke."""
+
+
+class Work(Sent, Protocol):
+    """A message that is under way."""
 
     def check(self, memory: Tensor, what: Callable[[], str]) -> None:
         """Raise CorruptionError where `memory`, what was received, is not what was sent; `what()` tells what it is."""
@@ -57,11 +61,15 @@ def connected(peer: int) -> Iterator[None]:
         yield
     except RuntimeError as error:
         reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
-        raise LostRankError(
-            f"the connection to rank {peer} broke ({reason}): it ended, was killed (for its memory?), or its host or "
-            "network is gone. Its own log, or its host's, may tell; then start again",
-            rank=peer,
-        ) from error
+        raise lost(peer, reason) from error
+
+
+def lost(peer: int, reason: str) -> LostRankError:
+    return LostRankError(
+        f"the connection to rank {peer} broke ({reason}): it ended, was killed (for its memory?), or its host or "
+        "network is gone. Its own log, or its host's, may tell; then start again",
+        rank=peer,
+    )
 
 
 def corrupted(what: str, size: int, peer: int, check: str, sent: int, found: int) -> CorruptionError:

@@ -39,9 +39,11 @@ class Landings:
         return list(self._follow(node, box, shard, None))
 
     def fill(self) -> None:
-        """Write what is known without reading: padding, a conversion's own constants."""
+        """Write what is known without reading: padding, a conversion's own constants. From now on boxes may land."""
         for fill, part in self._fills:
             self._write(fill.view, part, fill.values)
+        for landings in self._by_key.values():
+            landings.order()
 
     def land(self, key: int, box: Box, values: Tensor) -> None:
         """Write `values`, the elements of `box`, wherever they belong, cast to each shard's dtype on the way."""
@@ -50,6 +52,18 @@ class Landings:
             if common is not None:
                 found = self._mapped(landing.maps, values[common.slices(box.offsets)])
                 self._write(landing.view[common.slices(landing.box.offsets)], landing.part, found)
+
+    def straight(self, key: int, box: Box, dtype: torch.dtype) -> Tensor | None:
+        """The memory of a shard, of so many bytes (uint8), where the elements of `box` belong as they are, of this
+        `dtype` and in row-major order; None where they are changed, cast, scattered, or go to several places."""
+        match [each for each in self._by_key[key].near(box) if each.box.intersect(box) is not None]:
+            case [_Landing(box=whole, view=shard, maps=(), part=None)] if whole.intersect(box) == box:
+                return _bytes_of(shard[box.slices(whole.offsets)], dtype)
+        return None
+
+    def arrived(self, size: int) -> None:
+        """So many bytes (of one rank's shards) were written where `straight` said."""
+        self.landed_bytes += size
 
     def _follow(self, node: Node, box: Box, view: Tensor, part: _Part | None) -> list[tuple[int, Box]]:
         boxes: list[tuple[int, Box]] = []
@@ -118,22 +132,32 @@ class _Landing(NamedTuple):
     part: _Part | None
 
 
+def _bytes_of(view: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The memory that the view is; None where it is not one run of host memory, of this dtype. What a subclass of
+    Tensor keeps there is its own affair."""
+    if type(view) is not Tensor or view.dtype != dtype or view.device.type != "cpu" or not view.is_contiguous():
+        return None
+    memory, at = view.untyped_storage(), view.storage_offset() * view.element_size()
+    return torch.empty(0, dtype=torch.uint8).set_(memory, at, (view.numel() * view.element_size(),), (1,))
+
+
 @dataclass(slots=True)
 class _OfKey:
-    """A key's landings. Once the first box arrives they are sorted by their rows, for there may be thousands."""
+    """A key's landings, in the order of their rows, for there may be thousands."""
 
     landings: list[_Landing] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     reach: list[int] = field(default_factory=list)
     """By position, the row at which this one and all before it end."""
 
+    def order(self) -> None:
+        self.landings.sort(key=lambda landing: _rows(landing.box)[0])
+        rows = [_rows(landing.box) for landing in self.landings]
+        self.starts = [first for first, _ in rows]
+        self.reach = list(itertools.accumulate((stop for _, stop in rows), max))
+
     def near(self, box: Box) -> list[_Landing]:
         """Those that may have elements of `box`: a few more than do."""
-        if not self.starts:
-            self.landings.sort(key=lambda landing: _rows(landing.box)[0])
-            rows = [_rows(landing.box) for landing in self.landings]
-            self.starts = [first for first, _ in rows]
-            self.reach = list(itertools.accumulate((stop for _, stop in rows), max))
         first, stop = _rows(box)
         return self.landings[bisect_right(self.reach, first) : bisect_left(self.starts, stop)]
 

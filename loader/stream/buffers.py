@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -101,6 +101,17 @@ def as_tensor(memory: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Ten
         else:
             memory = memory.clone()
     return memory.view(dtype).view(shape)
+
+
+def joined(runs: Sequence[Tensor]) -> Tensor | None:
+    """Runs of memory (uint8) as one; None where they do not stand one behind the other in one storage."""
+    first, end = runs[0], runs[0].data_ptr()
+    storage = first.untyped_storage()
+    for run in runs:
+        if run.data_ptr() != end or run.untyped_storage().data_ptr() != storage.data_ptr():
+            return None
+        end += run.numel()
+    return first.as_strided((end - first.data_ptr(),), (1,))
 
 
 def put(values: Tensor, memory: Tensor) -> None:

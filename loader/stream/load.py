@@ -17,6 +17,7 @@ from loader.errors import LostRankError
 from loader.exchange.control import Control
 from loader.exchange.device import DeviceTransport
 from loader.exchange.gloo import GlooTransport
+from loader.exchange.neighbours import Neighbours
 from loader.exchange.transport import Transport
 from loader.ground.memory import PeakMemory, untouched_bytes
 from loader.ground.progress import Progress, Show
@@ -100,10 +101,10 @@ def fill(
     read_range = _reader(catalog, store, checks, control.recorder)
     slots, concurrency = terms.limits.rounds_in_flight, store.most_at_once
     loop_before = loop_seconds()
-    with _transport(control, manner, cuda_device(shards)) as transport:
-        stage = stage_for(shards)
+    stage, device = stage_for(shards), cuda_device(shards)
+    with _connected(control, manner, planned.on_node, device, in_host_memory=stage.on_host) as ways:
         pipeline = Pipeline(
-            schedule, catalog, read_range, landings, control, transport, stage, slots=slots, concurrency=concurrency
+            schedule, catalog, read_range, landings, control, *ways, stage, slots=slots, concurrency=concurrency
         )
         control.todo_bytes = schedule.read_bytes
         store.begin()
@@ -154,34 +155,40 @@ def _reader(
 
 
 @contextmanager
-def _transport(control: Control, manner: Manner, device: torch.device | None) -> Iterator[Transport | None]:
-    """All ranks of the job make the transport together, also those that will have nothing to send. A rank alone, or
-    for itself, needs none; after a lost rank it is left as it is, for closing it would wait.
-
-    Where every rank of the default group has its shards on a CUDA `device` of its own, it is from device to device.
+def _connected(
+    control: Control, manner: Manner, on_node: Sequence[int], device: torch.device | None, *, in_host_memory: bool
+) -> Iterator[tuple[Transport | None, Neighbours | None]]:
+    """This rank's ways to the others: a rank alone, or for itself, needs none; those `on_node` share memory where all
+    of them have their shards `in_host_memory`; to others there is a transport, which all ranks of the job make
+    together, also those that will have nothing to send. After a lost rank it is left as it is, for closing it would
+    wait.
     """
     if control.world_size == 1 or manner.share == "none":
-        yield None
+        yield None, None
         return
     made: list[Transport] = []
-    timeout = 2 * manner.deadline
     with control.phase("connect"):
-        alone = differs_on_all_ranks(control, "device", _identity(device)) and control.of_all
-
-        def make() -> None:
-            if device and alone:
-                made.append(DeviceTransport(timeout, device))
-            else:
-                made.append(GlooTransport(control.base, control.rank, control.world_size, timeout))
-
-        _wait_for(make, control, "loader-connect")
+        neighbours = Neighbours.meet(control, on_node, willing=in_host_memory)
+        if neighbours is None or len(on_node) < control.world_size:
+            make = _transport_of(control, 2 * manner.deadline, device)
+            _wait_for(lambda: made.append(make()), control, "loader-connect")
     try:
-        yield made[0]
+        yield made[0] if made else None, neighbours
     finally:
+        if neighbours is not None:
+            neighbours.close()
         if isinstance(control.error, LostRankError):
-            _LEFT.append(made[0])
+            _LEFT.extend(made)
         else:
-            made[0].close()
+            for transport in made:
+                transport.close()
+
+
+def _transport_of(control: Control, timeout: float, device: torch.device | None) -> Callable[[], Transport]:
+    """Where every rank of the default group has its shards on a CUDA `device` of its own, from device to device."""
+    if differs_on_all_ranks(control, "device", _identity(device)) and control.of_all and device is not None:
+        return lambda: DeviceTransport(timeout, device)
+    return lambda: GlooTransport(control.base, control.rank, control.world_size, timeout)
 
 
 def _identity(device: torch.device | None) -> str | None:

@@ -3,12 +3,14 @@
 Reader threads fill buffers ahead; one thread (this module's `run`) owns the transport: it opens rounds in order, as
 soon as there is room, uploads what was read to where the shards are, and sends it, whichever came first. The writer
 thread waits for what the others send, and writes it: so what was read is not held back until another rank has sent what
-it is late with. A round's memory is one slot, used again only when everything in it was sent and written.
+it is late with. Neighbours, with whom memory is shared, are sent nothing: they are told where it stands, and write it
+from there. What belongs in a shard as it is, and nowhere else, is read into the shard. All else of a round has its
+memory in one slot, used again only when everything in it was sent, taken and written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,14 +20,15 @@ from queue import Empty, SimpleQueue
 from torch import Tensor
 
 from loader.exchange.control import Control
-from loader.exchange.transport import Batch, Transport, Work
+from loader.exchange.neighbours import Neighbours
+from loader.exchange.transport import Batch, Sent, Transport, Work
 from loader.ground.caller import Caller
 from loader.place.landing import Landings
 from loader.plan.catalog import Catalog
-from loader.plan.geometry import Box
 from loader.plan.schedule import Message, Read, Receive, Round, Schedule
 from loader.store.tally import Asked
-from loader.stream.buffers import Buffer, Slot, as_tensor, put
+from loader.stream.buffers import Buffer, Slot
+from loader.stream.pieces import Pieces
 from loader.stream.stage import Stage
 
 LOOK = 0.2
@@ -34,14 +37,16 @@ LOOK = 0.2
 
 @dataclass(slots=True)
 class _Open:
-    """A round in flight. `reads` are those that have not been sent, by extent."""
+    """A round in flight. `reads` are those that have not been sent, by extent; `straight` are those that are read into
+    a shard; each of `arrivals` waits for something that another rank sends, and writes it."""
 
     round: Round
     batch: Batch | None
     slot: Slot
     reads: dict[int, tuple[Read, Buffer]] = field(default_factory=dict)
-    receives: list[tuple[Receive, Buffer, Work]] = field(default_factory=list)
-    sends: list[Work] = field(default_factory=list)
+    straight: dict[int, Tensor] = field(default_factory=dict)
+    arrivals: list[Callable[[], None]] = field(default_factory=list)
+    sends: list[Sent] = field(default_factory=list)
     done: Future[None] = field(default_factory=Future)  # nothing uses its memory any more
 
 
@@ -49,8 +54,8 @@ class Pipeline:
     """One rank's rounds.
 
     `read_range(file, start, memory)` fills a uint8 tensor with a file's bytes from `start` on, and tells what that
-    took. `transport` may be None where the plan sends nothing. `stage` is where the shards are. `concurrency` ranges
-    are read at once.
+    took. `transport` may be None where nothing is sent to ranks that are no `neighbours`; these share host memory, and
+    are None on a device. `stage` is where the shards are. `concurrency` ranges are read at once.
 
     The control's recorder gets a span GET for each range; read, while ranges are waited for; exchange,
     while a message is packed and sent, or waited for; write, while a shard is written, and convert within it; upload,
@@ -65,6 +70,7 @@ class Pipeline:
         landings: Landings,
         control: Control,
         transport: Transport | None,
+        neighbours: Neighbours | None,
         stage: Stage,
         *,
         slots: int,
@@ -75,14 +81,15 @@ class Pipeline:
         self._schedule = schedule
         self._rounds = schedule.rounds
         self._catalog = catalog
-        self._entries = list(catalog.entries.values())
+        self._pieces = Pieces(schedule, catalog, landings)
         self._read_range = read_range
-        self._landings = landings
         self._control = control
         self._transport = transport
+        self._neighbours = neighbours
+        self._near = neighbours.ranks if neighbours is not None else frozenset()
         self._stage = stage
         self._on_device = transport is not None and transport.on_device
-        self._slots = [Slot(stage.allocate) for _ in range(slots)]
+        self._slots = [Slot(neighbours.allocate if neighbours is not None else stage.allocate) for _ in range(slots)]
         self._flights: list[_Open] = []  # of each slot the last round, which may be done
         self._opened = 0
         self._news: SimpleQueue[tuple[_Open, int] | None] = SimpleQueue()  # what was read, or None
@@ -132,19 +139,37 @@ class Pipeline:
         slot = self._slots[number % len(self._slots)]
         flight = _Open(self._schedule.round(number), self._transport.batch() if self._transport else None, slot)
         todo = flight.round
-        packed = [message.size for read in todo.reads for message, _ in read.sends if message.begin is None]
-        sizes = [*packed, *(read.size for read in todo.reads), *(r.message.size for r in todo.receives)]
+        far = [receive for receive in todo.receives if receive.sender not in self._near]
+        packed = [message.size for read in todo.reads for message, ranks in read.sends if self._packs(message, ranks)]
+        flight.straight = dict(self._straight(todo.reads))
+        held = [read.size for read in todo.reads if read.extent not in flight.straight]
+        sizes = [*packed, *held, *(receive.message.size for receive in far)]
         slot.prepare(sum(sizes), len(sizes))
         for read in todo.reads:
-            buffer = slot.take(read.size, read.start)
+            shard = flight.straight.get(read.extent)
+            buffer = slot.take(read.size, read.start) if shard is None else Buffer(shard, shard)
             flight.reads[read.extent] = (read, buffer)
             self._readers.submit(self._read, flight, read, buffer.host)
-        for receive in todo.receives:
+        for receive in far:
             assert flight.batch is not None, "a rank alone exchanges nothing"
             buffer = slot.take(receive.message.size)
             work = flight.batch.receive(receive.extent, self._exchanged(buffer), receive.sender)
-            flight.receives.append((receive, buffer, work))
+            flight.arrivals.append(partial(self._receive, receive, buffer, work))
+        near = [receive for receive in todo.receives if receive.sender in self._near]
+        flight.arrivals += [partial(self._take, receive) for receive in near]
         return flight
+
+    def _straight(self, reads: Iterable[Read]) -> Iterator[tuple[int, Tensor]]:
+        for read in reads if self._stage.on_host else ():
+            if not read.sends and (shard := self._pieces.straight(read.own, read.size)) is not None:
+                yield read.extent, shard
+
+    def _far(self, ranks: Iterable[int]) -> list[int]:
+        return [rank for rank in ranks if rank not in self._near]
+
+    def _packs(self, message: Message, ranks: Iterable[int]) -> bool:
+        """Whether its pieces, which do not stand together, are to be sent."""
+        return message.begin is None and bool(self._far(ranks))
 
     def _read(self, flight: _Open, read: Read, memory: Tensor) -> None:
         news = None
@@ -179,8 +204,8 @@ class Pipeline:
         if flight.batch is not None:
             with self._stage.uploading():
                 flight.batch.start()
-        for receive, buffer, work in flight.receives:
-            self._writer.submit(partial(self._receive, receive, buffer, work))
+        for arrival in flight.arrivals:
+            self._writer.submit(arrival)
         self._writer.submit(partial(self._end, flight))  # the last of the round's, which are done in turn
 
     def _await_news(self) -> tuple[_Open, int] | None:
@@ -193,16 +218,26 @@ class Pipeline:
 
     def _send(self, flight: _Open, extent: int, *, arrived: bool) -> None:
         read, buffer = flight.reads.pop(extent)
+        if arrived:
+            self._offer(flight, read, buffer)
         with self._stage.uploading():
             self._stage.upload(buffer)
             for message, ranks in read.sends:
-                assert flight.batch is not None, "a rank alone exchanges nothing"
-                with self._recorder.span("exchange", bytes=message.size, to=len(ranks)):
-                    payload = self._payload(message, self._exchanged(buffer), flight.slot, arrived=arrived)
-                    flight.sends += flight.batch.send(extent, payload, ranks)
+                if far := self._far(ranks):
+                    assert flight.batch is not None, "a rank alone exchanges nothing"
+                    with self._recorder.span("exchange", bytes=message.size, to=len(far)):
+                        payload = self._payload(message, self._exchanged(buffer), flight.slot, arrived=arrived)
+                        flight.sends += flight.batch.send(extent, payload, far)
                 self.exchanged_bytes += message.size * len(ranks)
-        if arrived and read.own.pieces:
+        if arrived and extent in flight.straight:
+            self._writer.submit(partial(self._pieces.arrived, read.own))
+        elif arrived and read.own.pieces:
             self._writer.submit(partial(self._write_own, read.own, buffer.there))
+
+    def _offer(self, flight: _Open, read: Read, buffer: Buffer) -> None:
+        near = {rank for _, ranks in read.sends for rank in ranks if rank in self._near}
+        if self._neighbours is not None and near:
+            flight.sends.append(self._neighbours.offer(read.extent, buffer.host, near))
 
     def _end(self, flight: _Open) -> None:
         """Wait for what is sent and for what a device has been given to do, and give the round's memory free."""
@@ -224,19 +259,13 @@ class Pipeline:
         if message.begin is not None:
             return memory[message.begin : message.begin + message.size]
         packed = self._exchanged(slot.take(message.size))
-        at = 0
-        for piece in message.pieces if arrived else ():
-            values = self._in_frame(piece.key, piece.frame, piece.at, piece.box, memory)
-            size = values.numel() * values.element_size()
-            put(values, packed[at : at + size])
-            at += size
+        if arrived:
+            self._pieces.pack(message, memory, packed)
         return packed
 
     def _write_own(self, message: Message, memory: Tensor) -> None:
         with self._failing(), self._stage.writing(), self._recorder.span("write", bytes=message.size):
-            for piece in message.pieces:
-                values = self._in_frame(piece.key, piece.frame, piece.at, piece.box, memory)
-                self._landings.land(piece.key, piece.box, values)
+            self._pieces.land(message, memory)
 
     def _receive(self, receive: Receive, buffer: Buffer, work: Work) -> None:
         with self._failing(), self._stage.writing():
@@ -244,19 +273,20 @@ class Pipeline:
                 work.wait()
                 if self._control.error is not None:
                     return
-                work.check(self._exchanged(buffer), lambda: self._described(receive))
+                work.check(self._exchanged(buffer), lambda: self._pieces.told(receive))
             with self._recorder.span("write", bytes=receive.message.size):
                 if not self._on_device:
                     self._stage.upload(buffer)
-                self._write_received(receive.message, buffer.there)
+                self._pieces.land_packed(receive.message, buffer.there)
 
-    def _write_received(self, message: Message, memory: Tensor) -> None:
-        at = 0
-        for piece in message.pieces:
-            dtype = self._entries[piece.key].dtype
-            size = piece.box.numel * dtype.itemsize
-            self._landings.land(piece.key, piece.box, as_tensor(memory[at : at + size], dtype, piece.box.sizes))
-            at += size
+    def _take(self, receive: Receive) -> None:
+        assert self._neighbours is not None
+        with self._failing():
+            with self._recorder.span("exchange", bytes=receive.message.size, sender=receive.sender):
+                extent = self._neighbours.look(receive.extent, receive.sender)
+            with self._recorder.span("write", bytes=receive.message.size):
+                self._pieces.land(receive.message, extent)
+            self._neighbours.took(receive.extent, receive.sender)
 
     def _exchanged(self, buffer: Buffer) -> Tensor:
         """Those of its bytes that are sent or received."""
@@ -270,16 +300,3 @@ class Pipeline:
         except BaseException as error:
             self._control.fail(error)
             raise
-
-    def _described(self, receive: Receive) -> str:
-        """The message's keys, and the bytes of the file that they are from."""
-        plan, names = self._schedule.plan, list(self._catalog.entries)
-        first, *more = dict.fromkeys(names[piece.key] for piece in receive.message.pieces)
-        keys = f"{first} and {len(more)} more keys" if more else first
-        file = self._catalog.files[int(plan.file[receive.extent])].name
-        return f"{keys}, of bytes {plan.start[receive.extent]}-{plan.stop[receive.extent]} of {file}"
-
-    def _in_frame(self, key: int, frame: Box, at: int, box: Box, memory: Tensor) -> Tensor:
-        dtype = self._entries[key].dtype
-        size = frame.numel * dtype.itemsize
-        return as_tensor(memory[at : at + size], dtype, frame.sizes)[box.slices(frame.offsets)]

@@ -45,11 +45,13 @@ class Terms(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """This rank's domain's plan; what the whole job needs, each byte of a used key once, and what it reads."""
+    """This rank's domain's plan; what the whole job needs, each byte of a used key once, and what it reads; and the
+    ranks on this rank's node, ascending."""
 
     plan: Plan
     needed_bytes: int
     read_bytes: int
+    on_node: tuple[int, ...]
 
 
 def pack(value: Any) -> bytes:
@@ -136,7 +138,9 @@ def agree_on_plan(
         if control.rank == 0:
             totals = pack((needed, sum(map(unpack, control.take("reads", [each[0] for each in domains])))))
         mine = control.broadcast(f"plan/{domain[0]}", plan, domain[0])
-        return Planned(unpack(mine), *unpack(control.broadcast("totals", totals)))
+        on_node = tuple(rank for rank, other in enumerate(nodes) if other == node)
+        needed, reads = unpack(control.broadcast("totals", totals))
+        return Planned(unpack(mine), needed, reads, on_node)
 
 
 def _distinct(

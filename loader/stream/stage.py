@@ -18,7 +18,10 @@ from loader.stream.buffers import Buffer, HostMemory, Memory, own_memory
 
 
 class Stage(Protocol):
-    """`uploading` and `writing` are the streams on which one thread uploads, another writes."""
+    """`uploading` and `writing` are the streams on which one thread uploads, another writes. `on_host`: shards are
+    written from the memory that ranges are read into."""
+
+    on_host: bool
 
     def allocate(self, size: int) -> Memory:
         """Memory of so many bytes for a slot."""
@@ -51,6 +54,8 @@ def cuda_device(tensors: Iterable[Tensor]) -> torch.device | None:
 class HostStage:
     """Everything happens where the bytes are."""
 
+    on_host = True
+
     def allocate(self, size: int) -> Memory:
         return HostMemory(size)
 
@@ -72,6 +77,8 @@ class HostStage:
 
 class CudaStage:
     """On a CUDA device, after all that the current stream has been given so far."""
+
+    on_host = False
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -76,8 +76,8 @@ def _load(directory: str, flips: bool) -> None:
 
 def test_a_load_ends_on_every_rank_with_the_key_the_file_and_the_rank(tmp_path):
     random_checkpoint(tmp_path, dict.fromkeys(("a", "b"), (torch.float32, (64, 33))))
-    assert run_ranks(4, _load, str(tmp_path), False) == [None] * 4
-    found = run_ranks(4, _load, str(tmp_path), True, outcomes=True)
+    assert run_ranks(4, _load, str(tmp_path), False, nodes=4) == [None] * 4
+    found = run_ranks(4, _load, str(tmp_path), True, nodes=4, outcomes=True)
     assert [type(each.error) for each in found] == [CorruptionError] * 4, found
     told = {str(each.error) for each in found}
     assert len(told) == 1

@@ -59,7 +59,7 @@ def load_with_a_range_held(s3, tmp_path, rank, least, until_sent):
     with CountingProxy(s3.endpoint, listeners=2) as proxy:
         proxy.on_request(hold)
         options = [s3.at(proxy.url_for(rank)).storage_options for rank in range(2)]
-        found = run_ranks(2, load, uri, options, log)
+        found = run_ranks(2, load, uri, options, log, nodes=2)
     assert [total for _, total in found] == [2048 * 1024] * 2
     return held[1], found[0][0]
 

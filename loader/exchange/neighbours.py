@@ -1,0 +1,258 @@
+"""Ranks of one node take what another has read from where it stands in its memory: it is copied once, into the shard.
+
+The buffers of such a rank are memory files, which the others open under its `/proc/<pid>/fd`, and map for as long as
+they copy. Who has read tells the others where, and each of them tells it when it has taken its part: records of fixed
+size, written to each other's pipes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import mmap
+import os
+import secrets
+import select
+import struct
+import sys
+import threading
+from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotYet
+from contextlib import ExitStack
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+from loader.exchange.control import Control
+from loader.exchange.transport import lost
+
+LOOK = 0.2
+"""Seconds between looks at the job's error while waiting for another rank."""
+
+_OFFER, _TAKEN, _END = range(3)
+_RECORD = struct.Struct("=6q")
+"""What it is, from which rank, the extent's number, and where it stands: 48 bytes, which a pipe keeps together."""
+_RECORDS = 1024
+"""How many are read at once."""
+
+_TOKEN = 16
+"""Bytes at random by which a rank knows that it has opened another's memory, and not a file of the same number."""
+
+_log = logging.getLogger(__name__)
+
+
+class Place(NamedTuple):
+    """Bytes `[offset, offset + size)` of the memory file that a process has open under the number `file`."""
+
+    file: int
+    offset: int
+    size: int
+
+
+class SharedMemory:
+    """`size` bytes (uint8) that other processes of the node may map: `host` and `there` are the same."""
+
+    def __init__(self, size: int) -> None:
+        self.file: int | None = None
+        self.host = torch.empty(0, dtype=torch.uint8)
+        if size:
+            self.file = os.memfd_create("loader")
+            os.ftruncate(self.file, size)
+            self.host = torch.frombuffer(mmap.mmap(self.file, size), dtype=torch.uint8)
+        self.there = self.host
+
+    def place(self, view: Tensor) -> Place | None:
+        """Where a contiguous view of it stands; None where it is of other memory."""
+        offset = view.data_ptr() - self.host.data_ptr()
+        if self.file is None or not 0 <= offset < self.host.numel():
+            return None
+        return Place(self.file, offset, view.numel())
+
+    def free(self) -> None:
+        """It goes back to the system as soon as no process maps it."""
+        self.host = self.there = torch.empty(0, dtype=torch.uint8)
+        if self.file is not None:
+            os.close(self.file)
+            self.file = None
+
+
+class Taking(NamedTuple):
+    """An extent of which `ranks` are to take their parts."""
+
+    neighbours: Neighbours
+    number: int
+    ranks: Collection[int]
+
+    def wait(self) -> None:
+        """Wait until they have. Raises the job's error, and LostRankError where one of them is gone."""
+        for rank in self.ranks:
+            self.neighbours.wait_for(_TAKEN, self.number, rank)
+
+
+class Neighbours:
+    """The other `ranks` of this node, as far as memory can be shared with all of them."""
+
+    def __init__(self, control: Control, ranks: Iterable[int]) -> None:
+        """`ranks` are all of the node's, this one among them."""
+        self.ranks = frozenset(ranks) - {control.rank}
+        self._control = control
+        self._pids: dict[int, int] = {}
+        self._inboxes: dict[int, int] = {}
+        self._lives: dict[int, int] = {}
+        self._gone: list[int] = []
+        self._told: dict[tuple[int, int, int], Future[Place]] = {}
+        self._lock = threading.Lock()
+        self._memories: list[SharedMemory] = []
+        self._open = ExitStack()
+        self._inbox, self._own = os.pipe()
+        for file in (self._inbox, self._own):
+            self._open.callback(os.close, file)
+        self._thread = threading.Thread(target=self._receive, name="loader-inbox", daemon=True)
+
+    @classmethod
+    def meet(cls, control: Control, ranks: Sequence[int], *, willing: bool) -> Self | None:
+        """Those `ranks` (all of the node's, ascending) with each other; None, on all of them, where the system does
+        not let one look into another's memory, or where one is not `willing`. Collective, within a phase."""
+        if len(ranks) < 2:
+            return None
+        with ExitStack() as unless_met:
+            made = cls(control, ranks)
+            unless_met.callback(made.close)
+            control.put("neighbour", made.introduce() if willing and sys.platform == "linux" else b"")
+            told = dict(zip(ranks, control.take("neighbour", ranks), strict=True))
+            control.put("has met its neighbours", b"1" if all(told.values()) and made.reach(told) else b"")
+            if all(control.take("has met its neighbours", ranks)):
+                made.start()
+                unless_met.pop_all()
+                return made
+        _log.debug("the ranks of this node cannot share memory, and send each other messages")
+        return None
+
+    def introduce(self) -> bytes:
+        """What the others need, to find this rank's memory and its inbox."""
+        try:
+            trial = self.allocate(_TOKEN)
+        except OSError as error:
+            _log.debug("no memory files: %s", error)
+            return b""
+        token = secrets.token_bytes(_TOKEN)
+        trial.host.copy_(torch.frombuffer(bytearray(token), dtype=torch.uint8))
+        self._open.callback(trial.free)
+        return json.dumps([os.getpid(), self._own, trial.file, token.hex()]).encode()
+
+    def reach(self, introduced: dict[int, bytes]) -> bool:
+        """Whether this rank can open the others' memory and inboxes; where it can, they are."""
+        try:
+            for rank in self.ranks:
+                pid, inbox, file, token = json.loads(introduced[rank])
+                self._pids[rank] = pid
+                if bytes(self._map(rank, Place(file, 0, _TOKEN)).numpy().data).hex() != token:
+                    return False
+                self._inboxes[rank] = os.open(_file_of(pid, inbox), os.O_WRONLY)
+                self._open.callback(os.close, self._inboxes[rank])
+                self._lives[rank] = os.pidfd_open(pid)
+                self._open.callback(os.close, self._lives[rank])
+        except (OSError, ValueError) as error:
+            _log.debug("rank %d's memory cannot be opened: %s", rank, error)
+            return False
+        return True
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Nothing is waited for any more."""
+        if self._thread.is_alive():
+            os.write(self._own, _RECORD.pack(_END, *[0] * 5))
+            self._thread.join()
+        for memory in self._memories:
+            memory.free()
+        self._open.close()
+
+    def allocate(self, size: int) -> SharedMemory:
+        """Memory of which a part can be offered."""
+        memory = SharedMemory(size)
+        self._memories = [each for each in self._memories if each.file is not None] + [memory]
+        return memory
+
+    def offer(self, number: int, memory: Tensor, ranks: Collection[int]) -> Taking:
+        """Let `ranks` take parts of extent `number`, which stands in `memory`: until they have, it must stay as it
+        is. Raises LostRankError."""
+        place = next(filter(None, (each.place(memory) for each in self._memories)))
+        for rank in ranks:
+            self._tell(rank, _OFFER, number, place)
+        return Taking(self, number, ranks)
+
+    def look(self, number: int, sender: int) -> Tensor:
+        """Extent `number` in the memory of rank `sender`, once it has been read: to be copied from, and let go before
+        `took`. Raises the job's error, and LostRankError."""
+        place = self.wait_for(_OFFER, number, sender)
+        try:
+            return self._map(sender, place)
+        except OSError as error:
+            raise lost(sender, str(error)) from error
+
+    def took(self, number: int, sender: int) -> None:
+        """This rank has what it needs of the extent. Raises LostRankError."""
+        self._tell(sender, _TAKEN, number, Place(0, 0, 0))
+
+    def wait_for(self, kind: int, number: int, rank: int) -> Place:
+        """What `rank` tells of extent `number`, once. Raises the job's error, and LostRankError."""
+        told = self._future(kind, number, rank)
+        while True:
+            try:
+                return told.result(LOOK)
+            except NotYet:
+                self._control.go_on()
+                if self._gone:  # whoever waits for the one may be waited for by the other
+                    raise lost(self._gone[0], "the process has ended") from None
+
+    def _future(self, kind: int, number: int, rank: int) -> Future[Place]:
+        """Of two who ask for it, one tells and one is told: with the second it is forgotten."""
+        with self._lock:
+            found = self._told.pop((kind, number, rank), None)
+            return found or self._told.setdefault((kind, number, rank), Future())
+
+    def _map(self, rank: int, place: Place) -> Tensor:
+        """Another rank's memory, as it is now. Opened anew each time: what is held open would not be given back."""
+        skipped = place.offset % mmap.ALLOCATIONGRANULARITY
+        # Should it be another process's after all, its file may be a pipe, or a terminal.
+        file = os.open(_file_of(self._pids[rank], place.file), os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        try:
+            # Private, which torch may have where it could not have what it must not write to.
+            mapped = mmap.mmap(file, place.size + skipped, mmap.MAP_PRIVATE, offset=place.offset - skipped)
+        finally:
+            os.close(file)
+        return torch.frombuffer(mapped, dtype=torch.uint8)[skipped:]
+
+    def _tell(self, rank: int, kind: int, number: int, place: Place) -> None:
+        try:
+            os.write(self._inboxes[rank], _RECORD.pack(kind, self._control.rank, number, *place))
+        except OSError as error:
+            raise lost(rank, str(error)) from error
+
+    def _receive(self) -> None:
+        """What the others tell, until `close`."""
+        poll, ranks = select.poll(), {file: rank for rank, file in self._lives.items()}
+        for file in (self._inbox, *ranks):
+            poll.register(file, select.POLLIN)
+        while True:
+            for file, _ in poll.poll():
+                if file != self._inbox:
+                    self._gone.append(ranks[file])
+                    poll.unregister(file)
+                elif not self._take_in(os.read(self._inbox, _RECORDS * _RECORD.size)):
+                    return
+
+    def _take_in(self, data: bytes) -> bool:
+        for kind, rank, number, *place in _RECORD.iter_unpack(data):
+            if kind == _END:
+                return False
+            self._future(kind, number, rank).set_result(Place(*place))
+        return True
+
+
+def _file_of(pid: int, number: int) -> str:
+    return f"/proc/{pid}/fd/{number}"

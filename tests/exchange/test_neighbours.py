@@ -1,0 +1,249 @@
+"""Ranks of one node, as processes, that take bytes from each other's memory."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard
+
+import loader
+from loader.errors import CatalogError, LostRankError
+from loader.exchange import neighbours as module
+from loader.exchange.control import Control
+from loader.exchange.neighbours import Neighbours
+from tests.ranks import run_ranks
+from tests.shards import blank, differences, shard, write_file
+
+RANKS = 3
+ODD = 4093
+"""Bytes: no multiple of a page, so that hardly an extent begins with one."""
+
+
+def _meet(control: Control) -> Neighbours:
+    found = Neighbours.meet(control, range(control.world_size), willing=True)
+    assert found is not None
+    return found
+
+
+def _extent(number: int, sender: int, size: int) -> torch.Tensor:
+    return torch.arange(size, dtype=torch.int64).add(31 * number + 7 * sender).to(torch.uint8)
+
+
+def _held() -> tuple[int, int]:
+    """Files that this process has open, and memory files that it maps."""
+    maps = Path("/proc/self/maps").read_text()
+    return len(list(Path("/proc/self/fd").iterdir())), maps.count("memfd:loader")
+
+
+def _pass_round(sizes: list[int]) -> list[str]:
+    """Each rank offers extents of these sizes to both others, and takes theirs in another order."""
+    with Control.of_group() as control, control.phase("all"):
+        before = _held()
+        neighbours = _meet(control)
+        memory = neighbours.allocate(sum(sizes))
+        at, wrong, takings = 0, [], []
+        for number, size in enumerate(sizes):
+            view = memory.host[at : at + size]
+            view.copy_(_extent(number, control.rank, size))
+            takings.append(neighbours.offer(number + 100 * control.rank, view, neighbours.ranks))
+            at += size
+        for number, size in reversed(list(enumerate(sizes))):
+            for sender in neighbours.ranks:
+                found = neighbours.look(number + 100 * sender, sender)
+                if not torch.equal(found, _extent(number, sender, size)):
+                    wrong.append(f"extent {number} of rank {sender}")
+                del found
+                neighbours.took(number + 100 * sender, sender)
+        for taking in takings:
+            taking.wait()
+        control.agree("taken")
+        del view
+        neighbours.close()
+        assert not neighbours._told, "what was told is forgotten"
+        assert _held() == before, (before, _held())
+        return wrong
+
+
+def test_each_takes_what_another_has_read_and_nothing_stays_open():
+    assert run_ranks(RANKS, _pass_round, [ODD, 1, 5 * ODD, 64, 1 << 20]) == [[]] * RANKS
+
+
+def _hold_back() -> bool:
+    """Rank 0 offers to both; rank 1 takes at once, rank 2 when it is told. Whether rank 0 waited for both."""
+    with Control.of_group() as control, control.phase("all"):
+        neighbours = _meet(control)
+        waited = True
+        if control.rank == 0:
+            memory = neighbours.allocate(ODD)
+            taking = neighbours.offer(1, memory.host, [1, 2])
+            waiting = threading.Thread(target=taking.wait)
+            waiting.start()
+            control.take("took", [1])
+            waiting.join(0.5)
+            waited = waiting.is_alive()
+            control.broadcast("go on", b"1")
+            waiting.join()
+        else:
+            if control.rank == 2:
+                control.broadcast("go on", None)
+            neighbours.look(1, 0)
+            neighbours.took(1, 0)
+            control.put("took", b"1")
+        control.agree("taken")
+        neighbours.close()
+        return waited
+
+
+def test_memory_is_not_free_before_all_have_taken_their_part():
+    assert run_ranks(RANKS, _hold_back) == [True] * RANKS
+
+
+def _outgrow() -> list[int]:
+    """Rank 0 offers from memory that it frees and makes anew, larger; how many of these files are mapped after each."""
+    with Control.of_group() as control, control.phase("all"):
+        neighbours, mapped = _meet(control), []
+        for number in range(4):
+            if control.rank == 0:
+                memory = neighbours.allocate(ODD << number)
+                neighbours.offer(number, memory.host, neighbours.ranks).wait()
+                memory.free()
+            else:
+                assert neighbours.look(number, 0).numel() == ODD << number
+                neighbours.took(number, 0)
+            control.agree("next")
+            mapped.append(_held()[1] - 1)  # less the one by which they were introduced
+        neighbours.close()
+        return mapped
+
+
+def test_memory_that_was_given_back_is_held_by_nobody():
+    assert run_ranks(2, _outgrow) == [[0] * 4] * 2
+
+
+# ---------------------------------------------------------------- where memory cannot be shared
+
+
+def _no_memory_files() -> None:
+    def refuse(_: str) -> int:
+        raise PermissionError(1, "memfd_create")
+
+    os.memfd_create = refuse  # type: ignore[assignment]
+
+
+def _not_to_be_opened() -> None:
+    module._file_of = lambda pid, number: f"/proc/{pid}/fd/not-here"
+
+
+def _another_process() -> None:
+    """As where process ids are those of another namespace: there is a process of that number, and files of it."""
+    parent = os.getppid()
+    os.getpid = lambda: parent  # type: ignore[assignment]
+
+
+OBSTACLES: dict[str, Callable[[], None]] = {
+    "no memory files": _no_memory_files,
+    "not to be opened": _not_to_be_opened,
+    "another process": _another_process,
+}
+
+
+def _meet_nevertheless(obstacle: str) -> bool:
+    willing = True
+    if dist.get_rank() == 1:
+        OBSTACLES.get(obstacle, lambda: None)()
+        willing = obstacle != "unwilling"
+    with Control.of_group() as control, control.phase("all"):
+        found = Neighbours.meet(control, range(control.world_size), willing=willing)
+        control.agree("met")
+        if found is not None:
+            found.close()
+        return found is None
+
+
+@pytest.mark.parametrize("obstacle", [*OBSTACLES, "unwilling"])
+def test_where_one_cannot_none_does(obstacle):
+    assert run_ranks(RANKS, _meet_nevertheless, obstacle) == [True] * RANKS
+
+
+def _load(directory: str, obstacle: str) -> list[str]:
+    if dist.get_rank() == 1:
+        OBSTACLES[obstacle]()
+    mesh = init_device_mesh("cpu", (2, 2))
+    generator = torch.Generator().manual_seed(3)
+    full = {key: torch.randn(64, 33, generator=generator) for key in ("a", "b")}
+    expected = {key: shard(tensor, mesh, [Replicate(), Shard(1)]) for key, tensor in full.items()}
+    state = {key: blank(each) for key, each in expected.items()}
+    if dist.get_rank() == 0:
+        write_file(Path(directory, "model.safetensors"), full)
+    dist.barrier()
+    loader.load(state, directory)
+    return differences(state, expected)
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES)
+def test_a_load_goes_on_with_messages(obstacle, tmp_path):
+    assert run_ranks(4, _load, str(tmp_path), obstacle) == [[]] * 4
+
+
+# ---------------------------------------------------------------- errors
+
+
+def _lose(where: str) -> tuple[str, float]:
+    """Rank 2 is killed; the others wait for an offer of it, or for it to take theirs. What they are told, and when."""
+    control, told, seconds = Control.of_group(), "", 0.0
+    with suppress(LostRankError), control, control.phase("all"):
+        neighbours = _meet(control)
+        taking = neighbours.offer(control.rank, neighbours.allocate(ODD).host, neighbours.ranks)
+        control.agree("met")
+        if control.rank == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        begun = time.monotonic()
+        try:
+            if where == "wait":
+                taking.wait()
+            neighbours.look(2, 2)  # it was offered, and may be there still
+            neighbours.look(99, 2)
+        except LostRankError as error:
+            told, seconds = str(error), time.monotonic() - begun
+            raise
+    return told, seconds
+
+
+@pytest.mark.parametrize("where", ["look", "wait"])
+def test_a_rank_that_is_killed_is_missed_at_once(where):
+    found = run_ranks(RANKS, _lose, where, outcomes=True, patient=False)
+    for outcome in found[:2]:
+        assert outcome.error is None, found
+        told, seconds = outcome.value
+        assert told.startswith("the connection to rank 2 broke (")
+        assert seconds < 5, "before a beat is missed"
+
+
+def _fail() -> str:
+    """Rank 0 fails; rank 1 waits for its offer, and rank 2 for rank 1 to take its own."""
+    with suppress(CatalogError), Control.of_group() as control, control.phase("all"):
+        neighbours = _meet(control)
+        try:
+            if control.rank == 0:
+                control.fail(CatalogError("nothing there"))
+            elif control.rank == 1:
+                neighbours.look(1, 0)
+            else:
+                neighbours.offer(2, neighbours.allocate(ODD).host, [1]).wait()
+        finally:
+            neighbours.close()
+    return str(control.error)
+
+
+def test_the_jobs_error_ends_every_wait():
+    assert run_ranks(RANKS, _fail) == ["nothing there"] * RANKS
