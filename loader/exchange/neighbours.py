@@ -16,6 +16,7 @@ import select
 import struct
 import sys
 import threading
+import time
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
@@ -30,6 +31,8 @@ from loader.exchange.transport import lost
 
 LOOK = 0.2
 """Seconds between looks at the job's error while waiting for another rank."""
+PAUSE = 0.001
+"""Seconds between tries at an inbox that is full: of over a thousand records that its rank had no time for."""
 
 _OFFER, _TAKEN, _END = range(3)
 _RECORD = struct.Struct("=6q")
@@ -150,7 +153,7 @@ class Neighbours:
                 self._pids[rank] = pid
                 if bytes(self._map(rank, Place(file, 0, _TOKEN)).numpy().data).hex() != token:
                     return False
-                self._inboxes[rank] = os.open(_file_of(pid, inbox), os.O_WRONLY)
+                self._inboxes[rank] = os.open(_file_of(pid, inbox), os.O_WRONLY | os.O_NONBLOCK)
                 self._open.callback(os.close, self._inboxes[rank])
                 self._lives[rank] = os.pidfd_open(pid)
                 self._open.callback(os.close, self._lives[rank])
@@ -163,13 +166,15 @@ class Neighbours:
         self._thread.start()
 
     def close(self) -> None:
-        """Nothing is waited for any more."""
+        """Nothing is told any more: threads that an error has left behind may try."""
         if self._thread.is_alive():
             os.write(self._own, _RECORD.pack(_END, *[0] * 5))
             self._thread.join()
-        for memory in self._memories:
-            memory.free()
-        self._open.close()
+        with self._lock:
+            self._inboxes.clear()
+            for memory in self._memories:
+                memory.free()
+            self._open.close()
 
     def allocate(self, size: int) -> SharedMemory:
         """Memory of which a part can be offered."""
@@ -228,10 +233,20 @@ class Neighbours:
         return torch.frombuffer(mapped, dtype=torch.uint8)[skipped:]
 
     def _tell(self, rank: int, kind: int, number: int, place: Place) -> None:
-        try:
-            os.write(self._inboxes[rank], _RECORD.pack(kind, self._control.rank, number, *place))
-        except OSError as error:
-            raise lost(rank, str(error)) from error
+        record = _RECORD.pack(kind, self._control.rank, number, *place)
+        while not self._put(rank, record):
+            self._control.go_on()
+            time.sleep(PAUSE)
+
+    def _put(self, rank: int, record: bytes) -> bool:
+        """Whether there was room in that rank's inbox."""
+        with self._lock:
+            try:
+                return os.write(self._inboxes[rank], record) > 0
+            except BlockingIOError:
+                return False
+            except (KeyError, OSError) as error:
+                raise lost(rank, str(error)) from error
 
     def _receive(self) -> None:
         """What the others tell, until `close`."""

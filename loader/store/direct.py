@@ -35,6 +35,8 @@ ERROR_BYTES = 16 * 1024
 class Direct:
     """A scheme whose ranges are read so."""
 
+    ends_when_closed = True
+
     def __init__(self, scheme: Addressed, *, timeout: float, until: float) -> None:
         """`timeout` in seconds is for a connection, and between arrivals. At `until` (monotonic) all reading ends."""
         self._scheme = scheme
@@ -42,18 +44,23 @@ class Direct:
         self._connections = Connections(timeout)
         self._addresses: dict[tuple[str, str], Address] = {}
         self._lock = threading.Lock()
+        self._ended = threading.Condition(self._lock)
         self._receiving: set[socket.socket] = set()
         self._closed = False
         self._until = until
         self._alarm: threading.Timer | None = None
 
     def close(self) -> None:
-        """End what is being received: a server may send a byte now and then for ever. Idle connections are closed."""
+        """End what is being received: a server may send a byte now and then for ever. Idle connections are closed.
+
+        When it returns nothing is written to any buffer any more.
+        """
         with self._lock:
             self._closed = True
             for connection in self._receiving:
                 with suppress(OSError):
                     socket.socket.shutdown(connection, socket.SHUT_RDWR)  # TLS's own would take its state away
+            self._ended.wait_for(lambda: not self._receiving)
         self._connections.close()
 
     def prepare(self) -> None:
@@ -102,6 +109,7 @@ class Direct:
         finally:
             with self._lock:
                 self._receiving.discard(connection)
+                self._ended.notify_all()
                 if not self._receiving and self._alarm is not None:
                     self._alarm.cancel()
                     self._alarm = None

@@ -102,7 +102,13 @@ class Store:
         self.most_at_once = most_at_once or access.concurrency
         self._flow = Flow(access.concurrency, self.most_at_once)
         self._access = replace(access, uri=directory, until=self._until, concurrency=self.most_at_once)
+        self._former: list[Scheme] = []
         self._scheme = self._open()
+
+    @property
+    def ends_when_closed(self) -> bool:
+        """Whether nothing is written to any buffer after `close`: a client library may be late with what it had."""
+        return getattr(self._scheme, "ends_when_closed", False)
 
     def _open(self) -> Scheme:
         try:
@@ -180,16 +186,21 @@ class Store:
     def close(self) -> None:
         """End waiting between tries: what is still being read fails."""
         self._closed.set()
-        getattr(self._scheme, "close", lambda: None)()  # a scheme need not have any
+        for scheme in (self._scheme, *self._former):
+            _close(scheme)
 
     def _renew(self, refused: Scheme) -> None:
         """Open the scheme again, credentials and all, through the usual chain: those that it had may have expired."""
         with self._lock:
             if self._scheme is refused:  # else another thread has
                 try:
-                    self._scheme = self._open()
+                    opened = self._open()
                 except CatalogError as error:
                     raise StoreError(error.message) from error.__cause__
+                self._former.append(refused)  # with which others are reading
+                self._scheme = opened
+                if self._closed.is_set():  # meanwhile
+                    _close(opened)
 
     def _fill(self, name: str, pin: str, start: int, buffer: memoryview, *, counted: bool) -> Asked:
         reading = _Reading(name, pin, start, buffer, counted)
@@ -270,6 +281,10 @@ class Store:
     def _told(self, kind: type[LoaderError], before: str, error: object, after: str = "") -> LoaderError:
         """The error of our own that tells another, without its secrets."""
         return kind(f"{self._directory}: {before}{self._secrets.hide(str(error))}{after}")
+
+
+def _close(scheme: Scheme) -> None:
+    getattr(scheme, "close", lambda: None)()  # a scheme need not have any
 
 
 def _gone(scheme: Scheme, name: str, pin: str, error: FileNotFoundError) -> PinError | Transient:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -104,11 +104,20 @@ def fill(
     stage, device = stage_for(shards), cuda_device(shards)
     with _connected(control, manner, planned.on_node, device, in_host_memory=stage.on_host) as ways:
         pipeline = Pipeline(
-            schedule, catalog, read_range, landings, control, *ways, stage, slots=slots, concurrency=concurrency
+            schedule,
+            catalog,
+            read_range,
+            landings,
+            control,
+            *ways,
+            stage,
+            slots=slots,
+            concurrency=concurrency,
+            straight=store.ends_when_closed,
         )
         control.todo_bytes = schedule.read_bytes
         store.begin()
-        _run(pipeline, control, planned.read_bytes, show if control.rank == 0 else None)
+        _run(pipeline, control, store, planned.read_bytes, show if control.rank == 0 else None)
     busy, checked = loop_seconds() - loop_before, None
     if checks is not None:
         with control.phase("checksums"):
@@ -196,13 +205,16 @@ def _identity(device: torch.device | None) -> str | None:
     return str(torch.cuda.get_device_properties(device).uuid) if device else None
 
 
-def _run(pipeline: Pipeline, control: Control, total: int, show: Show | None) -> None:
-    with control.phase("rounds"):
+def _run(pipeline: Pipeline, control: Control, store: Store, total: int, show: Show | None) -> None:
+    """The rounds. After an error nothing is read any more: it would come into shards that the caller may fill anew."""
+    with ExitStack() as unless_done, control.phase("rounds"):
+        unless_done.callback(store.close)
         if show is not None:
             with Progress(total, show) as progress:
                 _wait_for(pipeline.run, control, "loader-rounds", lambda: progress.look(control.progress))
         else:
             _wait_for(pipeline.run, control, "loader-rounds")
+        unless_done.pop_all()
 
 
 def _wait_for(

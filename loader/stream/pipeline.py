@@ -55,7 +55,8 @@ class Pipeline:
 
     `read_range(file, start, memory)` fills a uint8 tensor with a file's bytes from `start` on, and tells what that
     took. `transport` may be None where nothing is sent to ranks that are no `neighbours`; these share host memory, and
-    are None on a device. `stage` is where the shards are. `concurrency` ranges are read at once.
+    are None on a device. `stage` is where the shards are. `concurrency` ranges are read at once. With `straight`, some
+    are read into shards: after an error, too, until the store is closed.
 
     The control's recorder gets a span GET for each range; read, while ranges are waited for; exchange,
     while a message is packed and sent, or waited for; write, while a shard is written, and convert within it; upload,
@@ -75,6 +76,7 @@ class Pipeline:
         *,
         slots: int,
         concurrency: int,
+        straight: bool,
     ) -> None:
         self.exchanged_bytes = 0
         self._recorder = control.recorder
@@ -88,6 +90,7 @@ class Pipeline:
         self._neighbours = neighbours
         self._near = neighbours.ranks if neighbours is not None else frozenset()
         self._stage = stage
+        self._reads_straight = straight and stage.on_host
         self._on_device = transport is not None and transport.on_device
         self._slots = [Slot(neighbours.allocate if neighbours is not None else stage.allocate) for _ in range(slots)]
         self._flights: list[_Open] = []  # of each slot the last round, which may be done
@@ -160,7 +163,7 @@ class Pipeline:
         return flight
 
     def _straight(self, reads: Iterable[Read]) -> Iterator[tuple[int, Tensor]]:
-        for read in reads if self._stage.on_host else ():
+        for read in reads if self._reads_straight else ():
             if not read.sends and (shard := self._pieces.straight(read.own, read.size)) is not None:
                 yield read.extent, shard
 

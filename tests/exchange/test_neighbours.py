@@ -108,6 +108,37 @@ def test_memory_is_not_free_before_all_have_taken_their_part():
     assert run_ranks(RANKS, _hold_back) == [True] * RANKS
 
 
+def _offer_many() -> int:
+    """Rank 0 offers more than rank 1's inbox holds, which is not looked into for a while. How many came."""
+    many, size = 3000, 16
+    with Control.of_group() as control, control.phase("all"):
+        take_in = Neighbours._take_in
+
+        def late(self: Neighbours, data: bytes) -> bool:
+            Neighbours._take_in = take_in
+            time.sleep(1)
+            return take_in(self, data)
+
+        Neighbours._take_in = late
+        neighbours = _meet(control)
+        if control.rank == 0:
+            memory = neighbours.allocate(many * size).host
+            takings = [neighbours.offer(n, memory[n * size : (n + 1) * size], [1]) for n in range(many)]
+            for taking in takings:
+                taking.wait()
+        else:
+            for number in range(many):
+                neighbours.look(number, 0)
+                neighbours.took(number, 0)
+        control.agree("taken")
+        neighbours.close()
+        return many
+
+
+def test_an_inbox_that_is_full_holds_nothing_up():
+    assert run_ranks(2, _offer_many) == [3000] * 2
+
+
 def _outgrow() -> list[int]:
     """Rank 0 offers from memory that it frees and makes anew, larger; how many of these files are mapped after each."""
     with Control.of_group() as control, control.phase("all"):

@@ -108,7 +108,7 @@ def _full() -> dict[str, Tensor]:
     return {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
 
 
-def _load(directory: str) -> tuple[list[str], int]:
+def _load(uri: str, options: Any) -> tuple[list[str], int]:
     """Rows, two matrices' rows in one parameter, and a norm that all ranks need; and how often something was copied."""
     mesh, full = init_device_mesh("cpu", (2,)), _full()
     made = {"w": full["w"], "ab": torch.cat([full["a"], full["b"]]), "norm": full["norm"]}
@@ -125,14 +125,14 @@ def _load(directory: str) -> tuple[list[str], int]:
     def convert(keys: Any, _: Any) -> Any:
         return {"w": keys["w"], "ab": torch.cat([keys["a"], keys["b"]]), "norm": keys["norm"]}
 
-    loader.load(state, directory, convert=convert, range_size="64KiB")
+    loader.load(state, uri, storage_options=options, convert=convert, range_size="64KiB")
     return differences(state, expected), copies[0]
 
 
-def test_rows_are_read_into_the_shards_themselves(tmp_path):
+def test_rows_are_read_into_the_shards_themselves(s3, tmp_path):
     """But for the norm, and what stands in one range with it."""
     write_file(tmp_path / "model.safetensors", _full())
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    for wrong, copies in run_ranks(2, _load, str(tmp_path)):
+    for wrong, copies in run_ranks(2, _load, s3.put(tmp_path), s3.storage_options):
         assert wrong == []
         assert copies <= 2

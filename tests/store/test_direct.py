@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
 from loader.errors import CatalogError, StoreError
+from loader.store import direct
 from loader.store.base import Access
 from loader.store.direct import Direct
 from loader.store.schemes import open_scheme
@@ -108,3 +111,64 @@ def test_an_error_in_the_stores_words(s3, directory):
         )
         with pytest.raises(StoreError, match=r"status 503, SlowDown: Please reduce your request rate"):
             read(store, pin)
+
+
+def dripping(request, forward):
+    """A byte in a millisecond of each range, but of what begins with byte 5, which is refused."""
+
+    def slowly(body):
+        for byte in body:
+            yield bytes([byte])
+            time.sleep(0.001)
+
+    if request.range and request.range.startswith("bytes=5-"):
+        return empty(403)
+    reply = forward(request)
+    if request.range:
+        reply.chunks = slowly(b"".join(map(bytes, reply.chunks)))
+    return reply
+
+
+def begin(store: Store, pin: str) -> tuple[threading.Thread, bytearray]:
+    """A thread that reads all, of which something has come."""
+    buffer = bytearray(len(DATA))
+
+    def fill():
+        with pytest.raises(StoreError):
+            store.read(NAME, pin, 0, memoryview(buffer))
+
+    thread = threading.Thread(target=fill)
+    thread.start()
+    while not any(buffer):
+        time.sleep(0.01)
+    return thread, buffer
+
+
+def test_once_it_is_closed_nothing_is_written(s3, directory, monkeypatch):
+    """Neither by a connection of today's, nor by one of before the credentials were made anew; also where a thread that
+    is to end gets no turn for a while."""
+
+    def late(reply, buffer):
+        try:
+            receive(reply, buffer)
+        finally:
+            time.sleep(0.3)
+            buffer[-1] = 1
+
+    uri, receive = s3.put(directory), direct._receive
+    monkeypatch.setattr(direct, "_receive", late)
+    with CountingProxy(s3.endpoint) as proxy:
+        store = Store(Access(uri, s3.at(proxy.url).storage_options, 4, 30.0, "direct"), retries=2, deadline=60)
+        first, pin = store._scheme, store.stat(NAME).pin
+        proxy.on_request(dripping)
+        reading = [begin(store, pin)]
+        with pytest.raises(StoreError, match="refuses now"):
+            read(store, pin, 5)
+        assert store._scheme is not first
+        reading += [begin(store, pin) for _ in range(2)]
+        store.close()
+        written = [bytes(buffer) for _, buffer in reading]
+        for thread, _ in reading:
+            thread.join(20)
+            assert not thread.is_alive()
+        assert [bytes(buffer) for _, buffer in reading] == written
