@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import mmap
 import os
 import secrets
 import select
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from loader.exchange.control import Control
+from loader.exchange.shared import Place, SharedMemory, file_of, files_are_limited, mapped
 from loader.exchange.transport import lost
 
 LOOK = 0.2
@@ -44,41 +44,6 @@ _TOKEN = 16
 """Bytes at random by which a rank knows that it has opened another's memory, and not a file of the same number."""
 
 _log = logging.getLogger(__name__)
-
-
-class Place(NamedTuple):
-    """Bytes `[offset, offset + size)` of the memory file that a process has open under the number `file`."""
-
-    file: int
-    offset: int
-    size: int
-
-
-class SharedMemory:
-    """`size` bytes (uint8) that other processes of the node may map: `host` and `there` are the same."""
-
-    def __init__(self, size: int) -> None:
-        self.file: int | None = None
-        self.host = torch.empty(0, dtype=torch.uint8)
-        if size:
-            self.file = os.memfd_create("loader")
-            os.ftruncate(self.file, size)
-            self.host = torch.frombuffer(mmap.mmap(self.file, size), dtype=torch.uint8)
-        self.there = self.host
-
-    def place(self, view: Tensor) -> Place | None:
-        """Where a contiguous view of it stands; None where it is of other memory."""
-        offset = view.data_ptr() - self.host.data_ptr()
-        if self.file is None or not 0 <= offset < self.host.numel():
-            return None
-        return Place(self.file, offset, view.numel())
-
-    def free(self) -> None:
-        """It goes back to the system as soon as no process maps it."""
-        self.host = self.there = torch.empty(0, dtype=torch.uint8)
-        if self.file is not None:
-            os.close(self.file)
-            self.file = None
 
 
 class Taking(NamedTuple):
@@ -134,11 +99,12 @@ class Neighbours:
         return None
 
     def introduce(self) -> bytes:
-        """What the others need, to find this rank's memory and its inbox."""
+        """What the others need, to find this rank's memory and its inbox; nothing where it cannot be shared."""
         try:
-            trial = self.allocate(_TOKEN)
-        except OSError as error:
-            _log.debug("no memory files: %s", error)
+            trial = self.allocate(0 if files_are_limited() else _TOKEN)
+        except OSError:
+            return b""
+        if trial.file is None:
             return b""
         token = secrets.token_bytes(_TOKEN)
         trial.host.copy_(torch.frombuffer(bytearray(token), dtype=torch.uint8))
@@ -151,9 +117,9 @@ class Neighbours:
             for rank in self.ranks:
                 pid, inbox, file, token = json.loads(introduced[rank])
                 self._pids[rank] = pid
-                if bytes(self._map(rank, Place(file, 0, _TOKEN)).numpy().data).hex() != token:
+                if bytes(mapped(pid, Place(file, 0, _TOKEN)).numpy().data).hex() != token:
                     return False
-                self._inboxes[rank] = os.open(_file_of(pid, inbox), os.O_WRONLY | os.O_NONBLOCK)
+                self._inboxes[rank] = os.open(file_of(pid, inbox), os.O_WRONLY | os.O_NONBLOCK)
                 self._open.callback(os.close, self._inboxes[rank])
                 self._lives[rank] = os.pidfd_open(pid)
                 self._open.callback(os.close, self._lives[rank])
@@ -195,7 +161,7 @@ class Neighbours:
         `took`. Raises the job's error, and LostRankError."""
         place = self.wait_for(_OFFER, number, sender)
         try:
-            return self._map(sender, place)
+            return mapped(self._pids[sender], place)
         except OSError as error:
             raise lost(sender, str(error)) from error
 
@@ -219,18 +185,6 @@ class Neighbours:
         with self._lock:
             found = self._told.pop((kind, number, rank), None)
             return found or self._told.setdefault((kind, number, rank), Future())
-
-    def _map(self, rank: int, place: Place) -> Tensor:
-        """Another rank's memory, as it is now. Opened anew each time: what is held open would not be given back."""
-        skipped = place.offset % mmap.ALLOCATIONGRANULARITY
-        # Should it be another process's after all, its file may be a pipe, or a terminal.
-        file = os.open(_file_of(self._pids[rank], place.file), os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
-        try:
-            # Private, which torch may have where it could not have what it must not write to.
-            mapped = mmap.mmap(file, place.size + skipped, mmap.MAP_PRIVATE, offset=place.offset - skipped)
-        finally:
-            os.close(file)
-        return torch.frombuffer(mapped, dtype=torch.uint8)[skipped:]
 
     def _tell(self, rank: int, kind: int, number: int, place: Place) -> None:
         record = _RECORD.pack(kind, self._control.rank, number, *place)
@@ -267,7 +221,3 @@ class Neighbours:
                 return False
             self._future(kind, number, rank).set_result(Place(*place))
         return True
-
-
-def _file_of(pid: int, number: int) -> str:
-    return f"/proc/{pid}/fd/{number}"

@@ -226,16 +226,15 @@ class Pipeline:
         with self._stage.uploading():
             self._stage.upload(buffer)
             for message, ranks in read.sends:
-                if far := self._far(ranks):
-                    assert flight.batch is not None, "a rank alone exchanges nothing"
-                    with self._recorder.span("exchange", bytes=message.size, to=len(far)):
+                with self._recorder.span("exchange", bytes=message.size, to=len(ranks)):
+                    if far := self._far(ranks):
+                        assert flight.batch is not None, "a rank alone exchanges nothing"
                         payload = self._payload(message, self._exchanged(buffer), flight.slot, arrived=arrived)
                         flight.sends += flight.batch.send(extent, payload, far)
                 self.exchanged_bytes += message.size * len(ranks)
-        if arrived and extent in flight.straight:
-            self._writer.submit(partial(self._pieces.arrived, read.own))
-        elif arrived and read.own.pieces:
-            self._writer.submit(partial(self._write_own, read.own, buffer.there))
+        if arrived and read.own.pieces:
+            land = self._pieces.arrived if extent in flight.straight else self._pieces.land
+            self._writer.submit(partial(self._write_own, land, read.own, buffer.there))
 
     def _offer(self, flight: _Open, read: Read, buffer: Buffer) -> None:
         near = {rank for _, ranks in read.sends for rank in ranks if rank in self._near}
@@ -266,9 +265,9 @@ class Pipeline:
             self._pieces.pack(message, memory, packed)
         return packed
 
-    def _write_own(self, message: Message, memory: Tensor) -> None:
+    def _write_own(self, land: Callable[[Message, Tensor], None], message: Message, memory: Tensor) -> None:
         with self._failing(), self._stage.writing(), self._recorder.span("write", bytes=message.size):
-            self._pieces.land(message, memory)
+            land(message, memory)
 
     def _receive(self, receive: Receive, buffer: Buffer, work: Work) -> None:
         with self._failing(), self._stage.writing():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import threading
 import time
@@ -18,7 +19,7 @@ from torch.distributed.tensor import Replicate, Shard
 
 import loader
 from loader.errors import CatalogError, LostRankError
-from loader.exchange import neighbours as module
+from loader.exchange import shared
 from loader.exchange.control import Control
 from loader.exchange.neighbours import Neighbours
 from tests.ranks import run_ranks
@@ -171,8 +172,12 @@ def _no_memory_files() -> None:
     os.memfd_create = refuse  # type: ignore[assignment]
 
 
+def _small_files() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
 def _not_to_be_opened() -> None:
-    module._file_of = lambda pid, number: f"/proc/{pid}/fd/not-here"
+    shared.file_of = lambda pid, number: f"/proc/{pid}/fd/not-here"
 
 
 def _another_process() -> None:
@@ -183,6 +188,7 @@ def _another_process() -> None:
 
 OBSTACLES: dict[str, Callable[[], None]] = {
     "no memory files": _no_memory_files,
+    "small files": _small_files,
     "not to be opened": _not_to_be_opened,
     "another process": _another_process,
 }
