@@ -134,8 +134,9 @@ class _Landing(NamedTuple):
 
 def _bytes_of(view: Tensor, dtype: torch.dtype) -> Tensor | None:
     """The memory that the view is; None where it is not one run of host memory, of this dtype. What a subclass of
-    Tensor keeps there is its own affair."""
-    if type(view) is not Tensor or view.dtype != dtype or view.device.type != "cpu" or not view.is_contiguous():
+    Tensor keeps there is its own affair, and a conjugate or negative view means something else than it keeps."""
+    plain = type(view) is Tensor and not view.is_conj() and not view.is_neg()
+    if not (plain and view.dtype == dtype and view.device.type == "cpu" and view.is_contiguous()):
         return None
     memory, at = view.untyped_storage(), view.storage_offset() * view.element_size()
     return torch.empty(0, dtype=torch.uint8).set_(memory, at, (view.numel() * view.element_size(),), (1,))

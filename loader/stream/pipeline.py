@@ -47,6 +47,7 @@ class _Open:
     straight: dict[int, Tensor] = field(default_factory=dict)
     arrivals: list[Callable[[], None]] = field(default_factory=list)
     sends: list[Sent] = field(default_factory=list)
+    offers: list[Sent] = field(default_factory=list)
     done: Future[None] = field(default_factory=Future)  # nothing uses its memory any more
 
 
@@ -153,13 +154,13 @@ class Pipeline:
             buffer = slot.take(read.size, read.start) if shard is None else Buffer(shard, shard)
             flight.reads[read.extent] = (read, buffer)
             self._readers.submit(self._read, flight, read, buffer.host)
+        near = [receive for receive in todo.receives if receive.sender in self._near]
+        flight.arrivals += [partial(self._take, receive) for receive in near]  # first: it is held there until then
         for receive in far:
             assert flight.batch is not None, "a rank alone exchanges nothing"
             buffer = slot.take(receive.message.size)
             work = flight.batch.receive(receive.extent, self._exchanged(buffer), receive.sender)
             flight.arrivals.append(partial(self._receive, receive, buffer, work))
-        near = [receive for receive in todo.receives if receive.sender in self._near]
-        flight.arrivals += [partial(self._take, receive) for receive in near]
         return flight
 
     def _straight(self, reads: Iterable[Read]) -> Iterator[tuple[int, Tensor]]:
@@ -239,14 +240,14 @@ class Pipeline:
     def _offer(self, flight: _Open, read: Read, buffer: Buffer) -> None:
         near = {rank for _, ranks in read.sends for rank in ranks if rank in self._near}
         if self._neighbours is not None and near:
-            flight.sends.append(self._neighbours.offer(read.extent, buffer.host, near))
+            flight.offers.append(self._neighbours.offer(read.extent, buffer.host, near))
 
     def _end(self, flight: _Open) -> None:
         """Wait for what is sent and for what a device has been given to do, and give the round's memory free."""
         try:
             with self._failing():
                 with self._recorder.span("exchange", sent_round=flight.round.number), self._stage.writing():
-                    for work in flight.sends:
+                    for work in (*flight.sends, *flight.offers):  # after an error only messages come to their end
                         work.wait()
                 with self._recorder.span("upload", round=flight.round.number):
                     self._stage.arrive()

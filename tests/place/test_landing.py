@@ -76,11 +76,21 @@ def test_what_is_written_straight_is_what_a_copy_writes(window, spread):
         (KEY, torch.zeros(SHAPE, dtype=torch.int32)),
         (KEY, torch.zeros(SHAPE, device="meta")),
         (KEY, torch.zeros(SHAPE).as_subclass(Own)),
+        (KEY, torch.zeros(SHAPE)._neg_view()),
         (KEY, torch.zeros(4, 5, 3).transpose(1, 2)),
         (Permute((4, 5, 3), torch.float32, KEY, (0, 2, 1)), torch.zeros(4, 5, 3)),
         (Map(SHAPE, torch.float32, KEY, torch.neg), torch.zeros(SHAPE)),
     ],
-    ids=["a cast", "bits of another kind", "a device", "a subclass", "columns first", "transposed", "computed"],
+    ids=[
+        "a cast",
+        "bits of another kind",
+        "a device",
+        "a subclass",
+        "a negative",
+        "columns first",
+        "transposed",
+        "computed",
+    ],
 )
 def test_what_is_not_as_it_is_in_the_file_is_copied(node, view):
     assert landings(node, whole(node.shape), view).straight(0, whole(SHAPE), torch.float32) is None
