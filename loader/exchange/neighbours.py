@@ -102,7 +102,7 @@ class Neighbours:
         """What the others need, to find this rank's memory and its inbox; nothing where it cannot be shared."""
         try:
             trial = self.allocate(0 if files_are_limited() else _TOKEN)
-        except OSError:
+        except (OSError, AttributeError):  # refused, or unknown to the system that Python was built on
             return b""
         if trial.file is None:
             return b""
@@ -123,7 +123,7 @@ class Neighbours:
                 self._open.callback(os.close, self._inboxes[rank])
                 self._lives[rank] = os.pidfd_open(pid)
                 self._open.callback(os.close, self._lives[rank])
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, AttributeError) as error:
             _log.debug("rank %d's memory cannot be opened: %s", rank, error)
             return False
         return True
@@ -173,11 +173,12 @@ class Neighbours:
         """What `rank` tells of extent `number`, once. Raises the job's error, and LostRankError."""
         told = self._future(kind, number, rank)
         while True:
+            self._control.go_on()  # first: many may come here one after the other, each in vain
             try:
                 return told.result(LOOK)
             except NotYet:
-                self._control.go_on()
                 if self._gone:  # whoever waits for the one may be waited for by the other
+                    self._control.go_on()
                     raise lost(self._gone[0], "the process has ended") from None
 
     def _future(self, kind: int, number: int, rank: int) -> Future[Place]:

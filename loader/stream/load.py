@@ -176,21 +176,24 @@ def _connected(
         yield None, None
         return
     made: list[Transport] = []
-    with control.phase("connect"):
-        neighbours = Neighbours.meet(control, on_node, willing=in_host_memory)
-        if neighbours is None or len(on_node) < control.world_size:
-            make = _transport_of(control, 2 * manner.deadline, device)
-            _wait_for(lambda: made.append(make()), control, "loader-connect")
-    try:
+    with ExitStack() as ways:
+        with control.phase("connect"):
+            neighbours = Neighbours.meet(control, on_node, willing=in_host_memory)
+            if neighbours is not None:
+                ways.callback(neighbours.close)
+            if neighbours is None or len(on_node) < control.world_size:
+                make = _transport_of(control, 2 * manner.deadline, device)
+                ways.callback(_leave, made, control)
+                _wait_for(lambda: made.append(make()), control, "loader-connect")
         yield made[0] if made else None, neighbours
-    finally:
-        if neighbours is not None:
-            neighbours.close()
-        if isinstance(control.error, LostRankError):
-            _LEFT.extend(made)
-        else:
-            for transport in made:
-                transport.close()
+
+
+def _leave(made: list[Transport], control: Control) -> None:
+    if isinstance(control.error, LostRankError):
+        _LEFT.extend(made)
+    else:
+        for transport in made:
+            transport.close()
 
 
 def _transport_of(control: Control, timeout: float, device: torch.device | None) -> Callable[[], Transport]:

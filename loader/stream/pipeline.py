@@ -267,8 +267,9 @@ class Pipeline:
         return packed
 
     def _write_own(self, land: Callable[[Message, Tensor], None], message: Message, memory: Tensor) -> None:
-        with self._failing(), self._stage.writing(), self._recorder.span("write", bytes=message.size):
-            land(message, memory)
+        if self._control.error is None:
+            with self._failing(), self._stage.writing(), self._recorder.span("write", bytes=message.size):
+                land(message, memory)
 
     def _receive(self, receive: Receive, buffer: Buffer, work: Work) -> None:
         with self._failing(), self._stage.writing():

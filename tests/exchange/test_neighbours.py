@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 import signal
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,10 +20,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 
 import loader
-from loader.errors import CatalogError, LostRankError
+from loader.errors import CatalogError, LoaderError, LostRankError, StoreError
 from loader.exchange import shared
 from loader.exchange.control import Control
 from loader.exchange.neighbours import Neighbours
+from loader.store.store import Store
+from loader.stream import load as load_module
 from tests.ranks import run_ranks
 from tests.shards import blank, differences, shard, write_file
 
@@ -284,3 +288,57 @@ def _fail() -> str:
 
 def test_the_jobs_error_ends_every_wait():
     assert run_ranks(RANKS, _fail) == ["nothing there"] * RANKS
+
+
+def _whole() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return {f"k{n}": torch.randn(512, 1024, generator=generator) for n in range(12)}
+
+
+def _fail_and_load_again(directory: str) -> tuple[float, list[str], list[str]]:
+    """Rank 0 fails with many extents that others wait for. When this rank is told, which threads are left, and what is
+    wrong in the same shards after another load."""
+    mesh = init_device_mesh("cpu", (2,))
+    expected = {key: shard(tensor, mesh, [Replicate()]) for key, tensor in _whole().items()}
+    state = {key: blank(each) for key, each in expected.items()}
+    read, reads = Store.read, itertools.count()
+
+    def failing(self: Store, *what: Any) -> Any:
+        if dist.get_rank() == 0 and next(reads) >= 3:
+            time.sleep(1)
+            raise StoreError("nothing there")
+        return read(self, *what)
+
+    Store.read = failing
+    settings = {"range_size": "64KiB", "memory_budget": "64MiB"}
+    with pytest.raises(StoreError):
+        loader.load(state, directory, **settings)
+    told = time.monotonic()
+    Store.read = read
+    left = [thread.name for thread in threading.enumerate() if thread.name in {"loader-write", "loader-inbox"}]
+    loader.load(state, directory, **settings)
+    return told, left, differences(state, expected)
+
+
+def test_after_an_error_nobody_waits_for_each_extent_in_turn_and_nothing_lands(tmp_path):
+    write_file(tmp_path / "model.safetensors", _whole())
+    found = run_ranks(2, _fail_and_load_again, str(tmp_path))
+    assert abs(found[0][0] - found[1][0]) < 4, "of one clock"
+    assert [rest for _, *rest in found] == [[[], []]] * 2
+
+
+def _no_way_to_the_other_node(directory: str) -> list[str]:
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("no interface")
+
+    if dist.get_rank() == 3:
+        load_module.GlooTransport = refuse
+    state = {"k0": blank(shard(_whole()["k0"], init_device_mesh("cpu", (4,)), [Replicate()]))}
+    with pytest.raises(LoaderError, match="no interface"):
+        loader.load(state, directory, ignore=[f"k{n}" for n in range(1, 12)])
+    return [thread.name for thread in threading.enumerate() if thread.name == "loader-inbox"]
+
+
+def test_neighbours_part_where_there_is_no_way_to_the_other_node(tmp_path):
+    write_file(tmp_path / "model.safetensors", _whole())
+    assert run_ranks(4, _no_way_to_the_other_node, str(tmp_path), nodes=2) == [[]] * 4
