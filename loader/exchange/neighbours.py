@@ -7,6 +7,7 @@ size, written to each other's pipes.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -19,12 +20,13 @@ import time
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+from loader.errors import LoaderError
 from loader.exchange.control import Control
 from loader.exchange.shared import Place, SharedMemory, file_of, files_are_limited, mapped
 from loader.exchange.transport import lost
@@ -35,11 +37,12 @@ PAUSE = 0.001
 """Seconds between tries at an inbox that is full: of over a thousand records that its rank had no time for."""
 
 _OFFER, _TAKEN, _END = range(3)
-_RECORD = struct.Struct("=6q")
-"""What it is, from which rank, the extent's number, and where it stands: 48 bytes, which a pipe keeps together."""
+_RECORD = struct.Struct("=7q")
+"""What it is, from which rank, the extent's number, and where it stands: 56 bytes, which a pipe keeps together."""
 _RECORDS = 1024
 """How many are read at once."""
 
+_NOWHERE = Place(0, 0, 0, 0)
 _TOKEN = 16
 """Bytes at random by which a rank knows that it has opened another's memory, and not a file of the same number."""
 
@@ -70,6 +73,7 @@ class Neighbours:
         self._inboxes: dict[int, int] = {}
         self._lives: dict[int, int] = {}
         self._gone: list[int] = []
+        self._closed = False
         self._told: dict[tuple[int, int, int], Future[Place]] = {}
         self._lock = threading.Lock()
         self._memories: list[SharedMemory] = []
@@ -92,6 +96,7 @@ class Neighbours:
             told = dict(zip(ranks, control.take("neighbour", ranks), strict=True))
             control.put("has met its neighbours", b"1" if all(told.values()) and made.reach(told) else b"")
             if all(control.take("has met its neighbours", ranks)):
+                made.free()
                 made.start()
                 unless_met.pop_all()
                 return made
@@ -108,16 +113,15 @@ class Neighbours:
             return b""
         token = secrets.token_bytes(_TOKEN)
         trial.host.copy_(torch.frombuffer(bytearray(token), dtype=torch.uint8))
-        self._open.callback(trial.free)
-        return json.dumps([os.getpid(), self._own, trial.file, token.hex()]).encode()
+        return json.dumps([os.getpid(), self._own, trial.place(trial.host), token.hex()]).encode()
 
     def reach(self, introduced: dict[int, bytes]) -> bool:
         """Whether this rank can open the others' memory and inboxes; where it can, they are."""
         try:
             for rank in self.ranks:
-                pid, inbox, file, token = json.loads(introduced[rank])
+                pid, inbox, trial, token = json.loads(introduced[rank])
                 self._pids[rank] = pid
-                if bytes(mapped(pid, Place(file, 0, _TOKEN)).numpy().data).hex() != token:
+                if bytes(mapped(pid, Place(*trial)).numpy().data).hex() != token:
                     return False
                 self._inboxes[rank] = os.open(file_of(pid, inbox), os.O_WRONLY | os.O_NONBLOCK)
                 self._open.callback(os.close, self._inboxes[rank])
@@ -134,40 +138,52 @@ class Neighbours:
     def close(self) -> None:
         """Nothing is told any more: threads that an error has left behind may try."""
         if self._thread.is_alive():
-            os.write(self._own, _RECORD.pack(_END, *[0] * 5))
+            os.write(self._own, _RECORD.pack(_END, 0, 0, *_NOWHERE))
             self._thread.join()
         with self._lock:
+            self._closed = True
             self._inboxes.clear()
-            for memory in self._memories:
-                memory.free()
+            self.free()
             self._open.close()
 
+    def free(self) -> None:
+        """Give back all memory of this rank."""
+        for memory in self._memories:
+            memory.free()
+
     def allocate(self, size: int) -> SharedMemory:
-        """Memory of which a part can be offered."""
-        memory = SharedMemory(size)
-        self._memories = [each for each in self._memories if each.file is not None] + [memory]
-        return memory
+        """Memory of which a part can be offered. Raises OSError."""
+        with self._lock:
+            if self._closed and size:
+                raise BrokenPipeError(errno.EPIPE, "the ranks of this node have parted")
+            memory = SharedMemory(size)
+            self._memories = [each for each in self._memories if each.file is not None] + [memory]
+            return memory
 
     def offer(self, number: int, memory: Tensor, ranks: Collection[int]) -> Taking:
         """Let `ranks` take parts of extent `number`, which stands in `memory`: until they have, it must stay as it
-        is. Raises LostRankError."""
+        is. A rank that cannot be told any more, or the job's error, is for `wait` to tell: messages go on until then.
+        """
         place = next(filter(None, (each.place(memory) for each in self._memories)))
-        for rank in ranks:
-            self._tell(rank, _OFFER, number, place)
+        with suppress(LoaderError):
+            for rank in ranks:
+                self._tell(rank, _OFFER, number, place)
         return Taking(self, number, ranks)
 
     def look(self, number: int, sender: int) -> Tensor:
-        """Extent `number` in the memory of rank `sender`, once it has been read: to be copied from, and let go before
-        `took`. Raises the job's error, and LostRankError."""
+        """Extent `number` in the memory of rank `sender`, once it has been read: to be copied from before `took`.
+
+        Raises the job's error, LostRankError, and OSError where there is no room to map it.
+        """
         place = self.wait_for(_OFFER, number, sender)
         try:
             return mapped(self._pids[sender], place)
-        except OSError as error:
+        except (FileNotFoundError, ProcessLookupError, PermissionError) as error:
             raise lost(sender, str(error)) from error
 
     def took(self, number: int, sender: int) -> None:
         """This rank has what it needs of the extent. Raises LostRankError."""
-        self._tell(sender, _TAKEN, number, Place(0, 0, 0))
+        self._tell(sender, _TAKEN, number, _NOWHERE)
 
     def wait_for(self, kind: int, number: int, rank: int) -> Place:
         """What `rank` tells of extent `number`, once. Raises the job's error, and LostRankError."""
@@ -204,6 +220,12 @@ class Neighbours:
                 raise lost(rank, str(error)) from error
 
     def _receive(self) -> None:
+        try:
+            self._listen()
+        except BaseException as error:  # noqa: BLE001 - told to all ranks
+            self._control.fail(error)
+
+    def _listen(self) -> None:
         """What the others tell, until `close`."""
         poll, ranks = select.poll(), {file: rank for rank, file in self._lives.items()}
         for file in (self._inbox, *ranks):

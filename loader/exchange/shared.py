@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import resource
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
@@ -12,9 +14,11 @@ from torch import Tensor
 
 
 class Place(NamedTuple):
-    """Bytes `[offset, offset + size)` of the memory file that a process has open under the number `file`."""
+    """Bytes `[offset, offset + size)` of the memory file that a process has open under the number `file`. By its
+    `inode` it is told from one that has the number afterwards."""
 
     file: int
+    inode: int
     offset: int
     size: int
 
@@ -26,9 +30,12 @@ class SharedMemory:
         self.file: int | None = None
         self.host = torch.empty(0, dtype=torch.uint8)
         if size:
-            self.file = os.memfd_create("loader")
-            os.ftruncate(self.file, size)
-            self.host = torch.frombuffer(mmap.mmap(self.file, size), dtype=torch.uint8)
+            with ExitStack() as unless_made:
+                self.file = os.memfd_create("loader")
+                unless_made.callback(os.close, self.file)
+                os.ftruncate(self.file, size)
+                self.host = torch.frombuffer(mmap.mmap(self.file, size), dtype=torch.uint8)
+                unless_made.pop_all()
         self.there = self.host
 
     def place(self, view: Tensor) -> Place | None:
@@ -36,7 +43,7 @@ class SharedMemory:
         offset = view.data_ptr() - self.host.data_ptr()
         if self.file is None or not 0 <= offset < self.host.numel():
             return None
-        return Place(self.file, offset, view.numel())
+        return Place(self.file, os.fstat(self.file).st_ino, offset, view.numel())
 
     def free(self) -> None:
         """It goes back to the system as soon as no process maps it."""
@@ -52,15 +59,18 @@ def file_of(pid: int, number: int) -> str:
 
 
 def mapped(pid: int, place: Place) -> Tensor:
-    """Another process's memory (uint8), as it is now, to be copied from. Raises OSError, and ValueError where there is
-    less.
+    """Another process's memory (uint8), as it is now, to be copied from. Raises OSError: FileNotFoundError where it is
+    there no more.
 
     It is opened anew each time: what is held open would not be given back when its owner frees it.
     """
     skipped = place.offset % mmap.ALLOCATIONGRANULARITY
     # Should it be another process's after all, its file may be a pipe, or a terminal.
-    file = os.open(file_of(pid, place.file), os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    path = file_of(pid, place.file)
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     try:
+        if os.fstat(file).st_ino != place.inode:
+            raise FileNotFoundError(errno.ENOENT, "another file has its number", path)
         # Private, which torch may have where it could not have what it must not write to.
         memory = mmap.mmap(file, place.size + skipped, mmap.MAP_PRIVATE, offset=place.offset - skipped)
     finally:

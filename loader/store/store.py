@@ -102,8 +102,8 @@ class Store:
         self.most_at_once = most_at_once or access.concurrency
         self._flow = Flow(access.concurrency, self.most_at_once)
         self._access = replace(access, uri=directory, until=self._until, concurrency=self.most_at_once)
-        self._former: list[Scheme] = []
         self._scheme = self._open()
+        self._opened = [self._scheme]
 
     @property
     def ends_when_closed(self) -> bool:
@@ -186,7 +186,7 @@ class Store:
     def close(self) -> None:
         """End waiting between tries: what is still being read fails."""
         self._closed.set()
-        for scheme in (self._scheme, *self._former):
+        for scheme in self._opened:
             _close(scheme)
 
     def _renew(self, refused: Scheme) -> None:
@@ -197,10 +197,10 @@ class Store:
                     opened = self._open()
                 except CatalogError as error:
                     raise StoreError(error.message) from error.__cause__
-                self._former.append(refused)  # with which others are reading
-                self._scheme = opened
+                self._opened.append(opened)  # with the other ones some are reading still
                 if self._closed.is_set():  # meanwhile
                     _close(opened)
+                self._scheme = opened
 
     def _fill(self, name: str, pin: str, start: int, buffer: memoryview, *, counted: bool) -> Asked:
         reading = _Reading(name, pin, start, buffer, counted)

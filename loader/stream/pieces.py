@@ -32,7 +32,7 @@ class Pieces:
             runs.append(run)
         return joined(runs)
 
-    def arrived(self, message: Message, _: Tensor) -> None:
+    def arrived(self, message: Message) -> None:
         """The message was read to where it belongs."""
         self._landings.arrived(message.size)
 

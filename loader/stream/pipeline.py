@@ -37,14 +37,14 @@ LOOK = 0.2
 
 @dataclass(slots=True)
 class _Open:
-    """A round in flight. `reads` are those that have not been sent, by extent; `straight` are those that are read into
-    a shard; each of `arrivals` waits for something that another rank sends, and writes it."""
+    """A round in flight. `reads` are those that have not been sent, by extent; `straight` are extents that are read
+    into a shard; each of `arrivals`, until the writer has it, waits for what another rank sends, and writes it."""
 
     round: Round
     batch: Batch | None
     slot: Slot
     reads: dict[int, tuple[Read, Buffer]] = field(default_factory=dict)
-    straight: dict[int, Tensor] = field(default_factory=dict)
+    straight: set[int] = field(default_factory=set)
     arrivals: list[Callable[[], None]] = field(default_factory=list)
     sends: list[Sent] = field(default_factory=list)
     offers: list[Sent] = field(default_factory=list)
@@ -145,12 +145,13 @@ class Pipeline:
         todo = flight.round
         far = [receive for receive in todo.receives if receive.sender not in self._near]
         packed = [message.size for read in todo.reads for message, ranks in read.sends if self._packs(message, ranks)]
-        flight.straight = dict(self._straight(todo.reads))
+        shards = dict(self._straight(todo.reads))
+        flight.straight.update(shards)
         held = [read.size for read in todo.reads if read.extent not in flight.straight]
         sizes = [*packed, *held, *(receive.message.size for receive in far)]
         slot.prepare(sum(sizes), len(sizes))
         for read in todo.reads:
-            shard = flight.straight.get(read.extent)
+            shard = shards.get(read.extent)
             buffer = slot.take(read.size, read.start) if shard is None else Buffer(shard, shard)
             flight.reads[read.extent] = (read, buffer)
             self._readers.submit(self._read, flight, read, buffer.host)
@@ -201,15 +202,15 @@ class Pipeline:
         """
         while flight.reads and self._control.error is None:
             self._open_ahead()
-            if (came := self._await_news()) is not None:
+            if (came := self._await_news()) is not None and self._control.error is None:
                 self._send(*came, arrived=True)
         for extent in list(flight.reads):
             self._send(flight, extent, arrived=False)
         if flight.batch is not None:
             with self._stage.uploading():
                 flight.batch.start()
-        for arrival in flight.arrivals:
-            self._writer.submit(arrival)
+        while flight.arrivals:  # what the flight kept would keep this object, and all rounds' memory, until it is found
+            self._writer.submit(flight.arrivals.pop(0))
         self._writer.submit(partial(self._end, flight))  # the last of the round's, which are done in turn
 
     def _await_news(self) -> tuple[_Open, int] | None:
@@ -234,8 +235,8 @@ class Pipeline:
                         flight.sends += flight.batch.send(extent, payload, far)
                 self.exchanged_bytes += message.size * len(ranks)
         if arrived and read.own.pieces:
-            land = self._pieces.arrived if extent in flight.straight else self._pieces.land
-            self._writer.submit(partial(self._write_own, land, read.own, buffer.there))
+            memory = None if extent in flight.straight else buffer.there
+            self._writer.submit(partial(self._write_own, read.own, memory))
 
     def _offer(self, flight: _Open, read: Read, buffer: Buffer) -> None:
         near = {rank for _, ranks in read.sends for rank in ranks if rank in self._near}
@@ -266,10 +267,14 @@ class Pipeline:
             self._pieces.pack(message, memory, packed)
         return packed
 
-    def _write_own(self, land: Callable[[Message, Tensor], None], message: Message, memory: Tensor) -> None:
+    def _write_own(self, message: Message, memory: Tensor | None) -> None:
+        """With no memory, it was read to where it belongs."""
         if self._control.error is None:
             with self._failing(), self._stage.writing(), self._recorder.span("write", bytes=message.size):
-                land(message, memory)
+                if memory is None:
+                    self._pieces.arrived(message)
+                else:
+                    self._pieces.land(message, memory)
 
     def _receive(self, receive: Receive, buffer: Buffer, work: Work) -> None:
         with self._failing(), self._stage.writing():

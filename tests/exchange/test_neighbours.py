@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import resource
@@ -157,7 +158,7 @@ def _outgrow() -> list[int]:
                 assert neighbours.look(number, 0).numel() == ODD << number
                 neighbours.took(number, 0)
             control.agree("next")
-            mapped.append(_held()[1] - 1)  # less the one by which they were introduced
+            mapped.append(_held()[1])
         neighbours.close()
         return mapped
 
@@ -342,3 +343,17 @@ def _no_way_to_the_other_node(directory: str) -> list[str]:
 def test_neighbours_part_where_there_is_no_way_to_the_other_node(tmp_path):
     write_file(tmp_path / "model.safetensors", _whole())
     assert run_ranks(4, _no_way_to_the_other_node, str(tmp_path), nodes=2) == [[]] * 4
+
+
+def _keep(directory: str) -> int:
+    """How much of a load's shared memory is mapped after it, with nothing collected."""
+    state = {key: blank(shard(each, init_device_mesh("cpu", (4,)), [Shard(1)])) for key, each in _whole().items()}
+    gc.disable()
+    loader.load(state, directory, range_size="64KiB")
+    return _held()[1]
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_after_a_load_its_memory_is_given_back(nodes, tmp_path):
+    write_file(tmp_path / "model.safetensors", _whole())
+    assert run_ranks(4, _keep, str(tmp_path), nodes=nodes) == [0] * 4
