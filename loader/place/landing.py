@@ -159,6 +159,7 @@ class _OfKey:
 
     def near(self, box: Box) -> list[_Landing]:
         """Those that may have elements of `box`: a few more than do."""
+        assert self.starts, "nothing may land before `fill`"
         first, stop = _rows(box)
         return self.landings[bisect_right(self.reach, first) : bisect_left(self.starts, stop)]
 

@@ -99,7 +99,6 @@ def fill(
     landings.fill()
     shards = [target.tensor for target in targets]
     read_range = _reader(catalog, store, checks, control.recorder)
-    slots, concurrency = terms.limits.rounds_in_flight, store.most_at_once
     loop_before = loop_seconds()
     stage, device = stage_for(shards), cuda_device(shards)
     with _connected(control, manner, planned.on_node, device, in_host_memory=stage.on_host) as ways:
@@ -111,17 +110,15 @@ def fill(
             control,
             *ways,
             stage,
-            slots=slots,
-            concurrency=concurrency,
+            slots=terms.limits.rounds_in_flight,
+            concurrency=store.most_at_once,
             straight=store.ends_when_closed,
         )
         control.todo_bytes = schedule.read_bytes
         store.begin()
         _run(pipeline, control, store, planned.read_bytes, show if control.rank == 0 else None)
-    busy, checked = loop_seconds() - loop_before, None
-    if checks is not None:
-        with control.phase("checksums"):
-            checked = checks.agree(control)
+    busy = loop_seconds() - loop_before
+    checked = _agreed(control, checks)
     peak = memory.stop()
     memory.landed = lambda: 0  # what has landed is the caller's alone now
     return Loaded(
@@ -147,6 +144,13 @@ def _checks(control: Control, claims: Claims | None, plan: Plan, catalog: Catalo
         return None
     with control.phase("claims"):
         return Checks(control, claims, Spans(plan.file, plan.start, plan.stop), catalog)
+
+
+def _agreed(control: Control, checks: Checks | None) -> dict[str, Checked] | None:
+    if checks is None:
+        return None
+    with control.phase("checksums"):
+        return checks.agree(control)
 
 
 def _reader(

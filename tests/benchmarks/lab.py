@@ -1,7 +1,7 @@
 """Contenders on several hosts with slow links, on one machine: there the network is the bottleneck, as in a cluster.
 
     python tests/benchmarks/lab.py [--scenario hsdp4 …] [--contenders NAME …] [--repeats 3] [--size 336MiB]
-                                   [--bucket 50] [--peers 200] [--budget 128MiB]
+                                   [--bucket 50] [--peers 200] [--budget 64MiB]
 
 Hosts are network namespaces. Each has a link to the bucket and one to the other hosts (veth, held to a rate by tc tbf,
 both ways alike; --bucket and --peers in Mbit/s). A real S3 server (SeaweedFS) is on the bucket's side, behind a proxy
@@ -42,7 +42,7 @@ def main() -> int:
     parser.add_argument("--size", default="336MiB", help="of the checkpoint, about")
     parser.add_argument("--bucket", type=float, default=50, help="Mbit/s of a host's link to the bucket")
     parser.add_argument("--peers", type=float, default=200, help="Mbit/s of a host's link to the others")
-    parser.add_argument("--budget", default="128MiB", help="memory for each rank above its shards")
+    parser.add_argument("--budget", default="64MiB", help="memory for each rank above its shards")
     parser.add_argument("--range", default="512KiB", help="this loader's read.range_size")
     parser.add_argument("--concurrency", type=int, default=4, help="this loader's read.concurrency")
     parser.add_argument("--timeout", type=float, default=300, help="seconds for one run")
