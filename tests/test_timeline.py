@@ -238,8 +238,9 @@ def test_of_more_spans_than_are_kept_the_longest_are_there_and_the_rest_is_told(
 
 def test_a_load_that_fails_leaves_what_was_there_until_then(s3, checkpoint, tmp_path):
     uri = s3.put(checkpoint)
-    with CountingProxy(s3.endpoint) as proxy:
-        proxy.on_request(Misbehaving({uri.rsplit("/", 1)[1]: from_then_on(0, 4, status(500))}))
+    with CountingProxy(s3.endpoint) as proxy:  # one listener: it counts what all ranks ask for as rank 0's
+        late = 2 * RANKS * AT_ONCE  # which is asked for only when half of these have been read
+        proxy.on_request(Misbehaving({uri.rsplit("/", 1)[1]: from_then_on(0, late, status(500))}))
         config = _config(tmp_path, uri, s3.at(proxy.url).storage_options)
         ends = run_ranks(RANKS, _main, config, init=False, outcomes=True)
     assert all("StoreError" in each.output for each in ends)
