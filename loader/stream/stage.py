@@ -7,8 +7,8 @@ message that is waited for there holds up no range that is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -89,11 +89,11 @@ class CudaStage:
         return _PinnedMemory(size, self._device)
 
     def uploading(self) -> AbstractContextManager[Any]:
-        return torch.cuda.stream(self._uploads)
+        return self._on(self._uploads)
 
     def writing(self) -> AbstractContextManager[Any]:
         self._writes.wait_stream(self._uploads)
-        return torch.cuda.stream(self._writes)
+        return self._on(self._writes)
 
     def upload(self, buffer: Buffer) -> None:
         buffer.there.copy_(buffer.host, non_blocking=True)
@@ -104,6 +104,13 @@ class CudaStage:
     def settle(self) -> None:
         self._writes.wait_stream(self._uploads)
         self._writes.synchronize()
+
+    @contextmanager
+    def _on(self, stream: torch.cuda.Stream) -> Iterator[None]:
+        """A thread is on device 0 until told otherwise: to go back there from a stream would make a context on it, of
+        hundreds of MB for each rank of the host."""
+        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+            yield
 
 
 class _PinnedMemory:
@@ -116,11 +123,13 @@ class _PinnedMemory:
         self.host = own_memory(size)
         self.there = torch.empty(size, dtype=torch.uint8, device=device)
         if size:
-            torch.cuda.check_error(_runtime().cudaHostRegister(self.host.data_ptr(), size, 0))
+            with torch.cuda.device(device):
+                torch.cuda.check_error(_runtime().cudaHostRegister(self.host.data_ptr(), size, 0))
 
     def free(self) -> None:
         if self.host.numel():
-            torch.cuda.check_error(_runtime().cudaHostUnregister(self.host.data_ptr()))
+            with torch.cuda.device(self.there.device):
+                torch.cuda.check_error(_runtime().cudaHostUnregister(self.host.data_ptr()))
         self.host = own_memory(0)
         self.there = torch.empty(0, dtype=torch.uint8, device=self.there.device)
 
