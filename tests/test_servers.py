@@ -182,8 +182,8 @@ def test_the_proxy_is_fast_enough_to_measure_through(tmp_path):
         concurrent.futures.ThreadPoolExecutor(4) as pool,
     ):
         ranges = [f"bytes={start}-{start + (8 << 20) - 1}" for start in range(0, size, 8 << 20)]
-        begin = time.monotonic()
+        begin = time.process_time()  # of the client, the proxy and the server, which are all in this process
         replies = list(pool.map(lambda text: _get(proxy.url, Range=text), ranges))
-        rate = size / (time.monotonic() - begin)
+        rate = size / (time.process_time() - begin)
     assert sum(len(body) for _, body in replies) == size == proxy.bytes_served()
     assert rate > 50e6
