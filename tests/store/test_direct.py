@@ -10,7 +10,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from loader.errors import CatalogError, StoreError
-from loader.store import direct
+from loader.store import connections, direct
 from loader.store.base import Access
 from loader.store.direct import Direct
 from loader.store.schemes import open_scheme
@@ -39,7 +39,8 @@ def empty(status: int, *headers: tuple[str, str]) -> Reply:
 
 
 @pytest.mark.parametrize("scheme", ["s3", "gs"])
-def test_an_address_is_made_once_and_again_when_it_is_refused(request, scheme, directory):
+def test_an_address_is_made_once_and_again_when_it_is_refused(request, monkeypatch, scheme, directory):
+    monkeypatch.setattr(connections, "FRESH", 60.0)
     server = request.getfixturevalue({"s3": "s3", "gs": "gcs"}[scheme])
     uri = server.put(directory)
     with CountingProxy(server.endpoint) as proxy:
