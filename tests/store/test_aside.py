@@ -82,4 +82,7 @@ def test_closing_ends_the_threads(directory):
     for thread in threads:
         thread.join()
     aside.close()
-    assert not [each for each in set(threading.enumerate()) - before if each.name == "loader-file"]
+    for each in set(threading.enumerate()) - before:
+        if each.name == "loader-file":
+            each.join(30)  # it may not have had its turn yet
+            assert not each.is_alive()
