@@ -12,6 +12,7 @@ from loader.store.base import Access, Backend
 from loader.store.store import Store
 from tests.hub import Hub, hub_server
 from tests.proxy import CountingProxy, Reply
+from tests.store.buckets import PATIENCE
 
 NAME = "model.safetensors"
 OLD, NEW = b"old weights" * 1000, b"new weights" * 1000
@@ -34,7 +35,7 @@ def directory(tmp_path) -> Path:
 
 
 def open_store(hub: Hub, uri: str, backend: Backend = "auto", **options: object) -> Store:
-    return Store(Access(uri, {**hub.storage_options, **options}, 4, 5.0, backend), retries=2, deadline=60)
+    return Store(Access(uri, {**hub.storage_options, **options}, 4, PATIENCE, backend), retries=2, deadline=60)
 
 
 def read(store: Store, pin: str, start: int = 0) -> bytes:

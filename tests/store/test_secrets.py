@@ -13,7 +13,7 @@ from loader.store.store import Store
 from tests.misbehaving import FILE
 from tests.proxy import CountingProxy, Forward, Reply, Request
 from tests.servers import http_server
-from tests.store.buckets import DATA, TIMEOUT
+from tests.store.buckets import DATA, PATIENCE
 
 SECRET = "word-that-nobody-may-read"
 
@@ -22,7 +22,7 @@ def test_a_signed_urls_query_and_password_are_never_told(tmp_path):
     (tmp_path / FILE).write_bytes(DATA)
     with http_server(tmp_path) as url, CountingProxy(url) as proxy:
         signed = f"{proxy.url.replace('://', f'://me:{SECRET}@')}/?X-Amz-Signature={SECRET}"
-        access = Access(signed, {}, 1, TIMEOUT)
+        access = Access(signed, {}, 1, PATIENCE)
         hooks: list[Callable[[Request, Forward], Reply]] = [
             lambda request, forward: Reply(403, [("Content-Length", "0")]),
             lambda request, forward: Reply(500, [("Content-Length", "0")]),
@@ -30,7 +30,7 @@ def test_a_signed_urls_query_and_password_are_never_told(tmp_path):
         ]
         for hook in hooks:
             proxy.on_request(hook)
-            store = Store(access, retries=0, deadline=10)
+            store = Store(access, retries=0, deadline=60)
             assert SECRET not in repr(access)[: repr(access).index("uri=")]
             with pytest.raises(LoaderError) as raised:
                 store.stat(FILE)
@@ -66,5 +66,5 @@ def test_credentials_that_do_not_fit_are_told_without_them(s3, monkeypatch, opti
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3.endpoint)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     with pytest.raises(CatalogError) as raised:
-        Store(Access("s3://loader/x", options, 1, TIMEOUT), retries=0, deadline=10).names()
+        Store(Access("s3://loader/x", options, 1, PATIENCE), retries=0, deadline=60).names()
     assert not any(SECRET in text for text in _chain(raised.value))
