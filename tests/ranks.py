@@ -252,7 +252,8 @@ def _rank_main(
         patience.LEAST = 10.0  # a rank that gets no core is no stalled connection: what a server counts is not to vary
         fn, args = pickle.loads(call)
         if init:
-            dist.init_process_group("gloo", timeout=dt.timedelta(seconds=timeout))
+            # Longer than the parent waits: a hang is told with its stacks, and not as gloo's time-out.
+            dist.init_process_group("gloo", timeout=dt.timedelta(seconds=timeout + 30))
         value = fn(*args)
         if init and dist.is_initialized():
             dist.destroy_process_group()
