@@ -28,6 +28,9 @@ from typing import Any
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1
 
+UNASKED = range(10_000, 20_000)
+"""Below what Linux, macOS and Windows give to who asks for any port."""
+
 SPARE_KEY = "loader-spare-key"
 """A second access key of every server, with the same secret: for credentials that rotate."""
 
@@ -145,12 +148,16 @@ def _remove_sockets(ports: Sequence[int]) -> None:
 
 
 def free_ports(count: int) -> list[int]:
-    """`count` different ports that were free a moment ago."""
+    """`count` different ports that were free a moment ago, of those that no kernel gives a connection by itself: until
+    the server has taken its own, others may be made by the hundred."""
+    found: list[int] = []
     with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+        while len(found) < count:
+            one = stack.enter_context(socket.socket())
+            with suppress(OSError):
+                one.bind(("127.0.0.1", secrets.choice(UNASKED)))
+                found.append(one.getsockname()[1])
+    return found
 
 
 @contextmanager
