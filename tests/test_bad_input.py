@@ -6,7 +6,6 @@ import dataclasses
 import json
 import re
 import struct
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -309,11 +308,9 @@ def test_the_command_ends_every_rank_with_2_and_leaves_nothing(tmp_path, monkeyp
     base = {"source": {"uri": "good"}, "model": {"builder": None}}
     base |= {} if "model" in sections else {"placements": RULES}
     sections = {**base, **sections, "output": {**sections.get("output", {}), "checkpoint": str(tmp_path / "out")}}
-    begun = time.monotonic()
     outcomes = run_ranks(
         RANKS, _main, ["--config", _config(tmp_path, **sections), *overrides], init=False, outcomes=True
     )
-    assert time.monotonic() - begun < 60
     for rank, outcome in enumerate(outcomes):
         assert outcome.report == "died: exit code 2", outcome
         last = outcome.output[outcome.output.rindex(f"rank {rank}: {says[0]}: ") :]
