@@ -117,7 +117,7 @@ def _hang_in_gloo():
 
 def test_a_hang_is_ended_with_stacks():
     with pytest.raises(RankFailure) as failure:
-        run_ranks(2, _hang_in_gloo, timeout=5)
+        run_ranks(2, _hang_in_gloo, timeout=15)  # in which both come so far
     for outcome in failure.value.outcomes:
         assert "_hang_in_gloo" in outcome.output
         assert "did not end" in outcome.report
@@ -128,7 +128,7 @@ def _leave_a_thread():
 
 
 def test_a_process_that_does_not_end_is_a_hang():
-    (outcome,) = run_ranks(1, _leave_a_thread, timeout=5, outcomes=True)
+    (outcome,) = run_ranks(1, _leave_a_thread, timeout=15, outcomes=True)
     assert "though its function had returned" in outcome.report
 
 
