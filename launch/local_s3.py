@@ -161,7 +161,7 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def running(command: Sequence[str], port: int, *, timeout: float = 30) -> Iterator[None]:
+def running(command: Sequence[str], port: int, *, timeout: float = 60) -> Iterator[None]:
     """Start a server, wait until it answers HTTP on `port`, and kill it with its process group at the end."""
     # SeaweedFS would take credentials of whoever starts it for its own, and refuse those that it was given.
     environ = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}

@@ -24,7 +24,7 @@ def opened(page: Path) -> tuple[str, list[str]]:
             ["chromium", *OPTIONS, f"--user-data-dir={profile}", "--dump-dom", page.as_uri()],
             capture_output=True,
             text=True,
-            timeout=90,
+            timeout=240,
             check=True,
         )
     return done.stdout, [line for line in done.stderr.splitlines() if re.search(r":CONSOLE[:(]", line)]

@@ -60,7 +60,7 @@ def write(directory: Path, families: Mapping[str, Family]) -> None:
 
 def wrong_shards(directory: Path, world_size: int) -> list[str]:
     """`layout, family: fqn`, for every shard on any rank that is not torch's own of what is expected."""
-    found = run_ranks(world_size, _load_on_each_layout, directory, timeout=90)
+    found = run_ranks(world_size, _load_on_each_layout, directory)
     return sorted({name for names in found for name in names})
 
 

@@ -76,7 +76,7 @@ def run_ranks(
     world_size: int,
     fn: Callable[..., Any],
     *args: Any,
-    timeout: float = 60,
+    timeout: float = 180,
     nodes: int = 1,
     init: bool = True,
     env: Mapping[str, str] | None = None,

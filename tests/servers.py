@@ -99,10 +99,10 @@ def serving(app: web.Application, tls: ssl.SSLContext | None = None) -> Iterator
     thread = threading.Thread(target=loop.run_forever, name="web server", daemon=True)
     thread.start()
     try:
-        port = asyncio.run_coroutine_threadsafe(serve(), loop).result(10)
+        port = asyncio.run_coroutine_threadsafe(serve(), loop).result(60)
         yield f"http{'s' if tls else ''}://127.0.0.1:{port}"
     finally:
-        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(60)
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()

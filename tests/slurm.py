@@ -60,16 +60,16 @@ class Slurm:
 
     def tell(self, *command: str) -> str:
         """What one of Slurm's commands prints. Raises CalledProcessError."""
-        return subprocess.run(command, check=True, env=self.environ, capture_output=True, text=True, timeout=30).stdout
+        return subprocess.run(command, check=True, env=self.environ, capture_output=True, text=True, timeout=120).stdout
 
     def submit(self, script: Path, *, cwd: Path, env: Mapping[str, str]) -> str:
         """Submit `script` from `cwd`, where its log will be job.log, and return the job's number."""
         environ = {**self.environ, **env}
         command = ["sbatch", "--parsable", "--output=job.log", str(script)]
-        self._jobs.append(subprocess.check_output(command, cwd=cwd, env=environ, text=True, timeout=30).strip())
+        self._jobs.append(subprocess.check_output(command, cwd=cwd, env=environ, text=True, timeout=120).strip())
         return self._jobs[-1]
 
-    def code(self, job: str, timeout: float = 180) -> int:
+    def code(self, job: str, timeout: float = 240) -> int:
         """Wait for the job's end, and return its exit code: 128 + n where signal n ended it."""
         deadline = time.monotonic() + timeout
         while True:
@@ -128,12 +128,12 @@ def _free_port() -> int:
 
 
 def _wait_until_idle(cluster: Slurm, logs: Sequence[Path]) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while True:
         with contextlib.suppress(subprocess.CalledProcessError):  # the controller does not answer yet
             if set(cluster.tell("sinfo", "-h", "-N", "-o", "%T").split()) == {"idle"}:
                 return
         if time.monotonic() > deadline:
             said = "".join(f"\n== {log.name}\n{log.read_text()[-2000:]}" for log in logs)
-            raise RuntimeError(f"Slurm's nodes are not idle after 30 s{said}")
+            raise RuntimeError(f"Slurm's nodes are not idle after 120 s{said}")
         time.sleep(0.1)

@@ -106,7 +106,7 @@ def failed(tmp_path_factory):
     directory = tmp_path_factory.mktemp("good")
     random_checkpoint(directory, TENSORS)
     (directory / "config.json").write_text("{}")
-    return run_ranks(RANKS, _fail, str(directory), timeout=120)
+    return run_ranks(RANKS, _fail, str(directory))
 
 
 @pytest.mark.parametrize("name", FAILURES)
@@ -157,13 +157,11 @@ class Job:
             strike(agents)
             self.seconds = max(seconds_to_end(ranks, since))
 
-        return torchrun(
-            2, ["-m", "loader.init_from_hf", "--config", self.config], hosts=TWO_HOSTS, timeout=120, meanwhile=meanwhile
-        )
+        return torchrun(2, ["-m", "loader.init_from_hf", "--config", self.config], hosts=TWO_HOSTS, meanwhile=meanwhile)
 
     def works_when_started_again(self) -> None:
         self.proxy.reset()
-        again = torchrun(2, ["-m", "loader.init_from_hf", "--config", self.config], timeout=120)
+        again = torchrun(2, ["-m", "loader.init_from_hf", "--config", self.config])
         assert again.returncode == 0, again.stderr
         assert (self.out / ".metadata").exists()
 

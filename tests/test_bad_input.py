@@ -218,7 +218,7 @@ def suffered(s3, tmp_path_factory):
     env = s3.environment | {"AWS_EC2_METADATA_DISABLED": "true"}
     with CountingProxy(s3.endpoint, listeners=PAIR) as proxy:
         endpoints = [proxy.url_for(rank) for rank in range(PAIR)]
-        outcomes = run_ranks(PAIR, _suffer, uri, endpoints, env=env, outcomes=True, timeout=180)
+        outcomes = run_ranks(PAIR, _suffer, uri, endpoints, env=env, outcomes=True)
         assert [outcome.report for outcome in outcomes] == [""] * PAIR
         return outcomes, list(proxy.requests), s3.secret
 

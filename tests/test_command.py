@@ -211,7 +211,7 @@ def test_alone_without_torchrun(tmp_path, llama):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stderr

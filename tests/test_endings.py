@@ -89,9 +89,7 @@ def test_all_ranks_of_each_back_end_end_with_its_name(s3, gcs, tmp_path, name):
             threading.Thread(target=_strike, args=told, daemon=True).start()
         ports = [store.port for store in stores]
         count = RANKS * len(OVER_HTTP)
-        outcomes = run_ranks(
-            count, _command, str(tmp_path), ports, init=False, outcomes=True, timeout=120, patient=False
-        )
+        outcomes = run_ranks(count, _command, str(tmp_path), ports, init=False, outcomes=True, patient=False)
         ended.set()
     for number, outcome in enumerate(outcomes):
         world, rank = divmod(number, RANKS)

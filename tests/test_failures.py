@@ -197,9 +197,7 @@ def suffered(s3, tmp_path_factory):
         proxy.on_request(trouble)
         endpoints = [proxy.url_for(rank) for rank in range(RANKS)]
         try:
-            outcomes = run_ranks(
-                RANKS, _suffer, uri, endpoints, env=s3.environment, nodes=2, outcomes=True, timeout=180
-            )
+            outcomes = run_ranks(RANKS, _suffer, uri, endpoints, env=s3.environment, nodes=2, outcomes=True)
         finally:
             trouble.stop.set()
         for outcome in outcomes:
@@ -303,7 +301,7 @@ def test_a_lost_rank_ends_the_others(s3, tmp_path, name):
     if how == signal.SIGSTOP:
         threading.Thread(target=_kill_later, args=(mark,), daemon=True).start()
     arguments = (config, rank, how, str(mark))
-    outcomes = run_ranks(RANKS, _timed, *arguments, env=env, init=False, outcomes=True, timeout=120, patient=False)
+    outcomes = run_ranks(RANKS, _timed, *arguments, env=env, init=False, outcomes=True, patient=False)
     begun = float(mark.read_text().split()[0])
     for number, outcome in enumerate(outcomes):
         if number == rank:
@@ -354,9 +352,7 @@ def test_with_two_agents_no_rank_stays_behind(tmp_path):
     random_checkpoint(tmp_path, {"weight": (torch.float32, (4, 1))})
     (tmp_path / "config.json").write_text("{}")
     config = _config(tmp_path, str(tmp_path), model={"builder": "tests.test_failures:die"}, placements=[])
-    finished = torchrun(
-        2, ["-m", "loader.init_from_hf", "--config", config], hosts=TWO_HOSTS, env={"DYING": "3"}, timeout=180
-    )
+    finished = torchrun(2, ["-m", "loader.init_from_hf", "--config", config], hosts=TWO_HOSTS, env={"DYING": "3"})
     assert finished.returncode == 1
     assert re.search(r"rank\s*: 3 .*\n\s*exitcode\s*: -9 ", finished.stderr)
     for rank in range(3):

@@ -124,9 +124,7 @@ def _run(backend: str, scratch: Path, request: pytest.FixtureRequest) -> Any:
             shutil.copytree(whole.parent, root / name)
     if backend in FILES:
         scheme = "file" if backend == "file" else "elsewhere"
-        told = run_ranks(
-            RANKS, _suffer, backend, [f"{scheme}://{root}"] * RANKS, [{}] * RANKS, str(whole), str(other), timeout=180
-        )
+        told = run_ranks(RANKS, _suffer, backend, [f"{scheme}://{root}"] * RANKS, [{}] * RANKS, str(whole), str(other))
         return told, None, []
     scheme = backend.partition(" ")[0]
     with contextlib.ExitStack() as stack:
@@ -137,7 +135,7 @@ def _run(backend: str, scratch: Path, request: pytest.FixtureRequest) -> Any:
             server = request.getfixturevalue({"s3": "s3", "gs": "gcs"}[scheme])
         faults = {name: row.fault for name, row in ROWS.items()}
         place = stack.enter_context(misbehaving_place(scheme, server, root, other, faults, RANKS))
-        told = run_ranks(RANKS, _suffer, backend, place.uris, place.options, str(whole), str(other), timeout=180)
+        told = run_ranks(RANKS, _suffer, backend, place.uris, place.options, str(whole), str(other))
         return told, place.misbehaving, list(place.proxy.requests)
 
 

@@ -49,7 +49,7 @@ def test_who_says_nothing_is_not_waited_for(s3, tmp_path, how):
     random_checkpoint(whole.parent, {"weight": (torch.bfloat16, (ROWS, COLUMNS))})
     with misbehaving_place("s3", s3, tmp_path / "root", whole, {name: every(TURN, FAULTS[how])}, RANKS) as place:
         uris = [f"{uri}/{name}" for uri in place.uris]
-        found = run_ranks(RANKS, load, uris, place.options, str(whole), timeout=120)
+        found = run_ranks(RANKS, load, uris, place.options, str(whole))
     report = found[0][0]
     assert not any(differing for _, differing in found)
     while place.misbehaving.failed[name] < RANKS:

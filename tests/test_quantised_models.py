@@ -107,7 +107,7 @@ def fit(tensor: Tensor, placements: list[Any]) -> list[Any]:
 
 @pytest.mark.parametrize("world_size", [1, 4])
 def test_state_dicts_hold_what_is_meant(checkpoints, world_size) -> None:
-    for found in run_ranks(world_size, load_states, checkpoints, world_size, timeout=110):
+    for found in run_ranks(world_size, load_states, checkpoints, world_size):
         assert {case: fqns for case, fqns in found.items() if fqns} == {}
         assert len(found) == len(QUANTISED) * 2 * (4 if world_size == 4 else 1)
 
@@ -152,7 +152,7 @@ def run_commands(checkpoints: Path, world_size: int) -> list[str]:
 
 @pytest.mark.parametrize("world_size", [1, 4])
 def test_the_command_loads_them_as_if_they_were_plain(checkpoints, world_size) -> None:
-    assert run_ranks(world_size, run_commands, checkpoints, world_size, timeout=110) == [[]] * world_size
+    assert run_ranks(world_size, run_commands, checkpoints, world_size) == [[]] * world_size
 
 
 def run_kept(directory: str, **model: Any) -> int:

@@ -17,13 +17,13 @@ SHAPE = (256, 512)
 
 def load(uri, options):
     state = {"weight": torch.zeros(SHAPE)}
-    loader.load(state, uri, storage_options=options[torch.distributed.get_rank()], range_size="64KiB")
+    loader.load(state, uri, storage_options=options[torch.distributed.get_rank()], range_size="64KiB", timeout="90s")
     return state["weight"].view(torch.uint8).sum(dtype=torch.int64).item()
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_ranks_sign_before_the_catalog_is_there(s3, tmp_path, fails):
-    """Rank 0's header is held until rank 1 has asked for the bucket's region, which signing takes; or 20 s. Where that
+    """Rank 0's header is held until rank 1 has asked for the bucket's region, which signing takes; or 60 s. Where that
     fails, the first range asks again."""
     random_checkpoint(tmp_path, {"weight": (torch.float32, SHAPE)})
     asked, held = [], []
@@ -34,7 +34,7 @@ def test_ranks_sign_before_the_catalog_is_there(s3, tmp_path, fails):
             if fails and len(asked) == 1:
                 return Reply(503, [("Content-Length", "0")])
         if request.rank == 0 and request.range and not held:
-            until = time.monotonic() + 20
+            until = time.monotonic() + 60
             while not asked and time.monotonic() < until:
                 time.sleep(0.01)
             held.append(len(asked))

@@ -80,7 +80,7 @@ def test_all_ranks_of_the_node_wait_as_long_as_the_server_asks_one_of_them_to(tm
         proxy.on_request(throttling)
         urls = [proxy.url_for(rank) for rank in range(4)]
         whole = str(tmp_path / "checkpoint" / "model.safetensors")
-        paused = run_ranks(4, _load, urls, whole, str(heard), nodes=2, timeout=120)
+        paused = run_ranks(4, _load, urls, whole, str(heard), nodes=2)
     assert paused == [True, True, False, False]  # the last two are another node's
     asked = throttling.asked
     over = asked[0][0] + ASKED

@@ -114,7 +114,7 @@ def torchrun(
     hosts: Sequence[Host] = (Here(),),
     env: Mapping[str, str] | None = None,
     cwd: Path | str = ROOT,
-    timeout: float = 120,
+    timeout: float = 240,
     meanwhile: Callable[[Sequence[subprocess.Popen[bytes]]], object] = lambda _: None,
 ) -> Finished:
     """Run torchrun with `args` (`["-m", "loader.init_from_hf", …]`) on `hosts`, as `agents` does, and wait for the end.

@@ -152,7 +152,7 @@ def test_it_plans_for_the_ranks_that_the_comment_starts(name, served, tmp_path):
     plan = ["--dry-run", "--world-size", str(ranks), *served(situation), f"report={tmp_path}/report.json"]
     if load(name).output.entrypoint == "train:main":  # the reader's own
         plan.append(f"output.entrypoint={__name__}:look")
-    assert run_ranks(1, run, name, plan, init=False, timeout=110) == [0]  # not in this process, for an error ends it
+    assert run_ranks(1, run, name, plan, init=False) == [0]  # not in this process, for an error ends it
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["predicted"]["coverage"] == "complete"
     assert report["mesh"] == situation.mesh
@@ -175,9 +175,7 @@ def test_it_loads(name, served, checkpoints, tmp_path):
     expected = checkpoints / ("plain" if situation.checkpoint == "deepseek" else situation.checkpoint)
     mesh = load(name, *situation.ranks).mesh
     ranks = torch.Size(mesh.values()).numel()
-    found = run_ranks(
-        ranks, run, name, overrides, init=False, timeout=110, env={"CONFIG": name, "EXPECTED": str(expected)}
-    )
+    found = run_ranks(ranks, run, name, overrides, init=False, env={"CONFIG": name, "EXPECTED": str(expected)})
     assert found == [0] * ranks
     if output.checkpoint is not None:
         assert_equal(of_dcp(tmp_path / "dcp"), of_transformers(expected))

@@ -172,7 +172,7 @@ def load_models(directory, checkpoints, references):
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_models_sharded_by_their_own_plans_hold_it(grid, checkpoints, world_size):
     references = {name: reference(directory) for name, directory in checkpoints.items()}
-    found = run_ranks(world_size, load_models, grid, checkpoints, references, timeout=110)
+    found = run_ranks(world_size, load_models, grid, checkpoints, references)
     assert found == [[]] * world_size
 
 

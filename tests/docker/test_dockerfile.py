@@ -31,7 +31,7 @@ def main(model, mesh, report):
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     Path("waiting").touch()
-    ended.wait(100)
+    ended.wait(240)
     Path("saved").touch()
 """
 
@@ -79,14 +79,14 @@ def start(image, s3):
 def test_the_health_check_passes_as_another_user_than_root(image):
     assert not image.config["USER"].startswith("0")
     health = image.start(image.config["HEALTHCHECK"], stdout=subprocess.PIPE)
-    told, _ = health.communicate(timeout=100)
+    told, _ = health.communicate(timeout=240)
     assert health.returncode == 0
     assert "usage: python -m loader.init_from_hf" in told
 
 
 def test_it_loads_and_ends_with_the_programs_code(start, directory, uri):
     process = start("--config", "cfg.yaml", f"source.uri={uri}")
-    told, _ = process.communicate(timeout=100)
+    told, _ = process.communicate(timeout=240)
     assert process.returncode == 0, told
     assert "over dp_shard 2 (2 ranks)" in told
     assert {path.name for path in (directory / "home/loader").glob("user-*")} == {"user-10001"}
@@ -95,7 +95,7 @@ def test_it_loads_and_ends_with_the_programs_code(start, directory, uri):
 
 def test_a_load_that_fails_is_told_by_the_exit_code(start, uri):
     process = start("--config", "cfg.yaml", f"source.uri={uri}/nothing")
-    told, _ = process.communicate(timeout=100)
+    told, _ = process.communicate(timeout=240)
     assert process.returncode == 1, told
     assert "CatalogError" in told
 
@@ -108,7 +108,7 @@ def test_process_1_hands_sigterm_on(start, directory, uri):
         time.sleep(0.1)
     (first,) = psutil.Process(process.pid).children()  # process 1 of the namespace; its parent stands for the engine
     first.terminate()
-    process.wait(60)
+    process.wait(240)
     assert (home / "saved").exists()
 
 

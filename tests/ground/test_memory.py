@@ -18,7 +18,7 @@ def _hold_until_sampled(mebibytes: int) -> None:
     held = _touch(mebibytes)
     for _ in range(2):
         SAMPLED.clear()
-        assert SAMPLED.wait(10)
+        assert SAMPLED.wait(60)
     del held
 
 

@@ -13,7 +13,7 @@ def until_sigterm(model, mesh, report):
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     Path(f"waiting-{dist.get_rank()}").touch()
-    ended.wait(100)
+    ended.wait(240)
     time.sleep(2 * dist.get_rank())
     Path(f"saved-{dist.get_rank()}").touch()
     return 0

@@ -187,7 +187,7 @@ def start_and_wait(container, directory, environ):
         for index, log in enumerate(logs)
     ]
     try:
-        assert [process.wait(100) for process in pods] == [0, 0], "".join(log.read_text() for log in logs)
+        assert [process.wait(140) for process in pods] == [0, 0], "".join(log.read_text() for log in logs)
     finally:
         for process in pods:
             kill_tree(process.pid)

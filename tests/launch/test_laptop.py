@@ -27,20 +27,20 @@ def start(environ, tmp_path):
 
 def test_the_init_step_then_training(start, checkpoint, s3, make, train, trained, tmp_path):
     script, _ = make("laptop", "--ranks-per-node=2", *train(s3.put(checkpoint)))
-    assert start(script).wait(100) == 0, (tmp_path / "log").read_text()
+    assert start(script).wait(240) == 0, (tmp_path / "log").read_text()
     assert trained() == {(0, 0, 0): "[]", (1, 0, 1): "[]"}
 
 
 def test_after_an_init_step_that_failed_no_training_starts(start, s3, make, train, tmp_path):
     script, _ = make("laptop", "--ranks-per-node=1", *train(f"{s3.prefix()}/nothing"))
-    assert start(script).wait(100) == 1
+    assert start(script).wait(240) == 1
     assert "CatalogError" in (tmp_path / "log").read_text()
     assert not (tmp_path / "started").exists()
 
 
 def test_shards_that_no_trainer_took_over_do_not_stay_in_memory(start, checkpoint, s3, make, die, in_memory, tmp_path):
     script, _ = make("laptop", "--ranks-per-node=1", *die(s3.put(checkpoint)))
-    assert start(script).wait(100) == 7, (tmp_path / "log").read_text()
+    assert start(script).wait(240) == 7, (tmp_path / "log").read_text()
     assert "complete.json" in (tmp_path / "listed").read_text()
     assert not in_memory.exists()
 
@@ -53,5 +53,5 @@ def test_sigterm_is_passed_on_and_the_end_waited_for(start, checkpoint, s3, make
         assert process.poll() is None, (tmp_path / "log").read_text()
         time.sleep(0.1)
     process.terminate()
-    assert process.wait(90) == 1, (tmp_path / "log").read_text()  # torchrun's
+    assert process.wait(240) == 1, (tmp_path / "log").read_text()  # torchrun's
     assert len(list(tmp_path.glob("saved-*"))) == 2

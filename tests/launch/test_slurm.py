@@ -6,7 +6,7 @@ import pytest
 
 from tests.slurm import slurm
 
-pytestmark = pytest.mark.timeout(240)  # the waits in here end sooner, with the job's log
+pytestmark = pytest.mark.timeout(600)  # the waits in here end sooner, with the job's log
 TWO_BY_TWO = ("slurm", "--nodes=2", "--ranks-per-node=2", "--gpus-per-node=0")
 
 
@@ -50,7 +50,7 @@ def test_after_sigterm_every_rank_has_time(cluster, checkpoint, s3, environ, mak
     entrypoint = "output.entrypoint=tests.launch.entrypoints:until_sigterm"
     script, _ = make(*TWO_BY_TWO, f"source.uri={s3.put(checkpoint)}", entrypoint)
     job = cluster.submit(script, cwd=tmp_path, env=environ)
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 240
     while len(list(tmp_path.glob("waiting-*"))) < 4:
         assert time.monotonic() < deadline, (tmp_path / "job.log").read_text()
         time.sleep(0.1)

@@ -60,7 +60,7 @@ def load(directory: Path, url: str, backend: str, **env: str) -> subprocess.Comp
     config.write_text(json.dumps({**sections, "report": None}))
     return subprocess.run(
         [sys.executable, "-m", "loader.init_from_hf", "--config", config],
-        env={**os.environ, "PYTHONPATH": python_path(), **env}, cwd=ROOT, capture_output=True, text=True, timeout=110,
+        env={**os.environ, "PYTHONPATH": python_path(), **env}, cwd=ROOT, capture_output=True, text=True, timeout=190,
         check=False,
     )  # fmt: skip
 

@@ -10,7 +10,7 @@ from tests.ranks import run_ranks
 from tests.shards import write_file
 
 ROUNDS_IN_FLIGHT = 4
-OPTIONS = {"memory_budget": "28MiB", "range_size": "128KiB"}  # of which the client takes 24 MiB
+OPTIONS = {"memory_budget": "28MiB", "range_size": "128KiB", "timeout": "90s"}  # of which the client takes 24 MiB
 
 
 def load(uri, options, log):
@@ -41,7 +41,7 @@ def sent(log):
 
 def load_with_a_range_held(s3, tmp_path, rank, least, until_sent):
     """Two ranks load; the first range of `rank` over `least` bytes is held until rank 0 has sent `until_sent` bytes, or
-    20 s. Returns what it had sent when the range was let go, and what it sent in all."""
+    60 s. Returns what it had sent when the range was let go, and what it sent in all."""
     directory, log = tmp_path / "checkpoint", tmp_path / "sent"
     directory.mkdir()
     write_file(directory / "model.safetensors", {"weight": torch.ones(2048, 1024)})
@@ -50,7 +50,7 @@ def load_with_a_range_held(s3, tmp_path, rank, least, until_sent):
     def hold(request, forward):
         if request.rank == rank and request.range and size(request) > least and not held:
             held.append(request)
-            until = time.monotonic() + 20
+            until = time.monotonic() + 60
             while sent(log) < until_sent and time.monotonic() < until:
                 time.sleep(0.01)
             held.append(sent(log))

@@ -106,7 +106,7 @@ def _load_wrapped(directory: Path, rows: int) -> list[str]:
 
 @pytest.mark.parametrize("rows", [90, 101])
 def test_a_model_under_fsdp_has_what_olmo_cores_own_loads(checkpoint, rows):
-    assert run_ranks(2, _load_wrapped, checkpoint, rows, timeout=110) == [[], []]
+    assert run_ranks(2, _load_wrapped, checkpoint, rows) == [[], []]
 
 
 @pytest.mark.parametrize(
