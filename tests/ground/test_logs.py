@@ -57,9 +57,8 @@ def test_in_a_jobs_log(checkpoint, tmp_path):
         "seconds",
         "bound",
     ]
-    progress = [line for line in done.stderr.splitlines() if line.startswith("loading")]
-    assert len(progress) == 1
-    assert "loading 262.1 kB of 262.1 kB  100%" in progress[0]
+    progress = [line for line in done.stderr.splitlines() if line.startswith("loading")]  # also before, in a slow load
+    assert [line.startswith("loading 262.1 kB of 262.1 kB  100%") for line in progress].count(True) == 1
     (warning,) = [line for line in done.stderr.splitlines() if "pytorch_model.bin" in line]
     assert " rank 0 on " in warning
     assert ": warning: " in warning
@@ -97,8 +96,8 @@ def test_json_lines(checkpoint, tmp_path):
     assert all(each.keys() >= {"time", "level", "rank", "host", "message"} for each in said)
     assert {each["rank"] for each in said} == {0, 1}
     assert {each["level"] for each in said} == {"debug", "info", "warning"}
-    (progress,) = [each for each in said if "done_bytes" in each]
-    assert progress["done_bytes"] == progress["total_bytes"] == 262144
+    progress = [(each["done_bytes"], each["total_bytes"]) for each in said if "done_bytes" in each]
+    assert progress.count((262144, 262144)) == 1  # also before, in a slow load
     (loaded,) = [each for each in said if each["message"] == "loaded"]
     report = json.loads((tmp_path / "report.json").read_text())
     assert {name: loaded[name] for name in ("needed_bytes", "gets", "bound_by", "memory", "seconds")} == {
