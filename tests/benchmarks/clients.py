@@ -28,9 +28,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,6 +49,19 @@ Reader = Callable[[int, memoryview], None]
 """Fills a buffer with the object's bytes from a start on."""
 
 
+class File(NamedTuple):
+    size: int
+    read: Reader
+
+
+class Range(NamedTuple):
+    """`size` bytes from `start` on, of what `read` reads."""
+
+    read: Reader
+    start: int
+    size: int
+
+
 def through_store(backend: Backend) -> Callable[[S3Server, str, int], Reader]:
     def open_reader(s3: S3Server, uri: str, concurrency: int) -> Reader:
         store = Store(Access(uri, s3.storage_options, concurrency, 30.0, backend), retries=0, deadline=600)
@@ -57,25 +71,36 @@ def through_store(backend: Backend) -> Callable[[S3Server, str, int], Reader]:
     return open_reader
 
 
-def through_http_client(s3: S3Server, uri: str, concurrency: int) -> Reader:
-    scheme = open_scheme(Access(uri, s3.storage_options, concurrency, 30.0, "direct"))
+def files_of(uri: str, storage_options: Mapping[str, Any], concurrency: int) -> dict[str, File]:
+    """All files there by name, each signed for `http.client`. A thread has one connection for all of them."""
+    scheme = open_scheme(Access(uri, storage_options, concurrency, 30.0, "direct"))
     assert isinstance(scheme, Direct)
-    address = scheme._scheme.address(NAME, scheme.stat(NAME).pin)
-    parts = urlsplit(address.url)
     mine = threading.local()
 
-    def read(start: int, buffer: memoryview) -> None:
-        if not hasattr(mine, "connection"):
-            mine.connection = http.client.HTTPConnection(parts.hostname or "", parts.port)
-        wanted = {**address.headers, "Range": f"bytes={start}-{start + len(buffer) - 1}"}
-        mine.connection.request("GET", f"{parts.path}?{parts.query}", headers=wanted)
-        reply = mine.connection.getresponse()
-        filled = 0
-        while filled < len(buffer):
-            filled += reply.readinto(buffer[filled:])
-        reply.read()
+    def signed(name: str) -> File:
+        size, pin = scheme.stat(name)
+        address = scheme._scheme.address(name, pin)
+        parts = urlsplit(address.url)
 
-    return read
+        def read(start: int, buffer: memoryview) -> None:
+            if not hasattr(mine, "connection"):
+                mine.connection = http.client.HTTPConnection(parts.hostname or "", parts.port)
+            wanted = {**address.headers, "Range": f"bytes={start}-{start + len(buffer) - 1}"}
+            mine.connection.request("GET", f"{parts.path}?{parts.query}", headers=wanted)
+            reply = mine.connection.getresponse()
+            assert (reply.status, reply.length) == (206, len(buffer)), reply.read()
+            filled = 0
+            while filled < len(buffer):
+                filled += reply.readinto(buffer[filled:])
+            reply.read()
+
+        return File(size, read)
+
+    return {name: signed(name) for name in scheme.names() or ()}
+
+
+def through_http_client(s3: S3Server, uri: str, concurrency: int) -> Reader:
+    return files_of(uri, s3.storage_options, concurrency)[NAME].read
 
 
 def through_obstore(s3: S3Server, uri: str, _: int) -> Reader:
@@ -102,28 +127,48 @@ if importlib.util.find_spec("obstore"):
     CLIENTS["obstore"] = through_obstore
 
 
-def measure(read: Reader, size: int, step: int, concurrency: int) -> tuple[float, float]:
-    """CPU seconds and seconds, for all ranges of the object."""
-    starts, lock = iter(range(0, size, step)), threading.Lock()
+def ranges_of(file: File, step: int) -> list[Range]:
+    return [Range(file.read, start, min(step, file.size - start)) for start in range(0, file.size, step)]
+
+
+@contextlib.contextmanager
+def reading(ranges: Sequence[Range], concurrency: int) -> Iterator[Callable[[], None]]:
+    """Threads with a buffer each, touched already. They take the ranges in turn once what is yielded is called, which
+    returns when all are read."""
+    left, lock, room = iter(ranges), threading.Lock(), max((each.size for each in ranges), default=1)
 
     def work(_: int) -> None:
-        buffer = memoryview(mmap.mmap(-1, step))
-        buffer[:] = bytes(step)  # touched before the clock would see it
+        buffer = memoryview(mmap.mmap(-1, room))
+        buffer[:] = bytes(room)  # touched before a clock would see it
         ready.wait()
+        go.wait()
         while True:
             with lock:
-                start = next(starts, None)
-            if start is None:
+                each = next(left, None)
+            if each is None:
                 return
-            read(start, buffer[: min(step, size - start)])
+            each.read(each.start, buffer[: each.size])
 
-    ready = threading.Barrier(concurrency + 1)
+    def read_all() -> None:
+        go.wait()
+        for each in done:
+            each.result()
+
+    ready, go = threading.Barrier(concurrency + 1), threading.Barrier(concurrency + 1)
     with ThreadPoolExecutor(concurrency) as pool:
         done = [pool.submit(work, n) for n in range(concurrency)]
         ready.wait()
+        try:
+            yield read_all
+        finally:
+            go.abort()  # for threads that were never let go
+
+
+def measure(read: Reader, size: int, step: int, concurrency: int) -> tuple[float, float]:
+    """CPU seconds and seconds, for all ranges of the object."""
+    with reading(ranges_of(File(size, read), step), concurrency) as read_all:
         cpu, begun = _cpu(), time.perf_counter()
-        for each in done:
-            each.result()
+        read_all()
         return _cpu() - cpu, time.perf_counter() - begun
 
 
