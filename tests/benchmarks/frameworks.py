@@ -94,6 +94,11 @@ _PACKAGES = {
 }
 
 
-def missing(name: str) -> str | None:
-    """The package that this contender lacks here."""
-    return next((each for each in _PACKAGES.get(ALL[name], ()) if importlib.util.find_spec(each) is None), None)
+REMEDY = "pip install '.[test,bench]'"
+"""All of them; those who run benchmarks have the first, for the S3 server."""
+
+
+def not_run(name: str) -> str | None:
+    """Why this contender cannot be run here, and what helps; None where it can."""
+    lacks = next((each for each in _PACKAGES.get(ALL[name], ()) if importlib.util.find_spec(each) is None), None)
+    return lacks and f"{name}: not run, for there is no package {lacks}: {REMEDY}"

@@ -5,7 +5,7 @@
 
 A Llama-shaped checkpoint of random bits, in several files, is put on a real S3 server (SeaweedFS) on loopback. Then for
 each mesh (FSDP over all ranks; HSDP, twice over half of them; TP, every matrix cut by columns) each contender (see
-`frameworks.py`; obstore and Run:ai's streamer where they are installed) loads it
+`frameworks.py`; obstore and Run:ai's streamer where the extra `bench` is installed) loads it
 
 - once through a counting proxy: what the server sent is counted there, and every bit of what landed is compared;
 - `--repeats` times straight from the server, all contenders in turn, each time in another order: the timed runs.
@@ -60,7 +60,7 @@ from loader.ground.memory import PeakMemory
 from loader.place.state_dict import Rule, empty_state_dict
 from tests.benchmarks.clients import files_of, ranges_of, reading
 from tests.benchmarks.contenders import IN_FLIGHT, Job, part_of
-from tests.benchmarks.frameworks import ALL, missing
+from tests.benchmarks.frameworks import ALL, not_run
 from tests.checkpoints import random_checkpoint, same_bits
 from tests.proxy import CountingProxy
 from tests.ranks import run_ranks
@@ -224,7 +224,8 @@ def wall(runs: Runs) -> float:
 
 
 def run_all(benchmark: Benchmark, meshes: Sequence[str], contenders: Sequence[str], repeats: int) -> None:
-    names = [*(name for name in contenders if not missing(name)), FLOOR]
+    reasons = {name: not_run(name) for name in contenders}
+    names = [*(name for name, reason in reasons.items() if not reason), FLOOR]
     with benchmark.checkpoint() as directory:
         world = f"{benchmark.ranks} ranks on {benchmark.nodes} nodes"
         print(f"{benchmark.bytes / 2**20:.0f} MiB in {FILES} files, {world}, {os.cpu_count()} cores")
@@ -239,6 +240,7 @@ def run_all(benchmark: Benchmark, meshes: Sequence[str], contenders: Sequence[st
             first, lowest = runs[mesh, names[0]], runs[mesh, FLOOR]
             print(f"{mesh:6}{name:28}{benchmark.row(counts[mesh, name], measured, first, lowest)}")
         print(f"{FLOOR}: a floor under CPU and no loader; every byte is read once, and none lands")
+        print(*filter(None, reasons.values()), sep="\n")
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from launch.local_checkpoints import tiny_llama
 from launch.local_s3 import S3Server, s3_server
 from loader.config.values import parse_bytes
 from loader.place.state_dict import Rule
-from tests.benchmarks.frameworks import ALL, missing
+from tests.benchmarks.frameworks import ALL, not_run
 from tests.benchmarks.hosts.fleet import Fleet, FleetError, fleet
 from tests.benchmarks.hosts.tasks import Measured, Task
 from tests.benchmarks.peers import COLUMNS, DTYPE, ROWS
@@ -137,16 +137,16 @@ def bench(given: argparse.Namespace) -> Iterator[Bench]:
 def run_scenario(name: str, given: argparse.Namespace) -> None:
     """Every contender in turn; a table at the end."""
     scenario = SCENARIOS[name]
-    lacking = {each: missing(each) for each in given.contenders or ALL}
+    reasons = {each: not_run(each) for each in given.contenders or ALL}
     runs: dict[str, list[Run]] = defaultdict(list)
-    notes = [f"{each}: not run, for there is no package {lacks}" for each, lacks in lacking.items() if lacks]
+    notes = [reason for reason in reasons.values() if reason]
     with (
         hosts(scenario.hosts, given.bucket, given.peers) as machines,
         bench(given) as made,
         tempfile.TemporaryDirectory(prefix="fleet-") as folder,
         fleet(machines, scenario.ranks_per_host, Path(folder)) as ranks,
     ):
-        running = [each for each, lacks in lacking.items() if not lacks]
+        running = [each for each, reason in reasons.items() if not reason]
         for repeat, contender in itertools.product(range(given.repeats), list(running)):
             if contender not in running:
                 continue
