@@ -7,7 +7,8 @@ Hosts are network namespaces. Each has a link to the bucket and one to the other
 both ways alike; --bucket and --peers in Mbit/s). A real S3 server (SeaweedFS) is on the bucket's side, behind a proxy
 that counts. torchrun runs on each host, and each of its ranks loads a Llama-shaped checkpoint of random weights with
 each contender (`frameworks.py`) in turn, --repeats times, in fresh processes that have made their imports. The first
-time every bit of what landed is compared.
+time every bit of what landed is compared: `compared` are these bytes, of all ranks, over the checkpoint's. A contender
+whose package is not installed is not run, and told.
 
 A run's time is from a barrier to a barrier. `of ideal` is that time, less this loader's start-up (its catalog and plan,
 in the column beside it), over the needed bytes divided by the sum of the hosts' links to the bucket. Bytes served and

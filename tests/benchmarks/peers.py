@@ -156,9 +156,9 @@ def measure(
     return result
 
 
-def compare(state: Mapping[str, torch.Tensor], directory: Path) -> None:
-    """Compare every shard with its part of the files in `directory`, bit for bit."""
-    left = set(state)
+def compare(state: Mapping[str, torch.Tensor], directory: Path) -> int:
+    """Compare every shard with its part of the files in `directory`, bit for bit. Returns how many bytes these are."""
+    left, compared = set(state), 0
     for path in directory.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118 - no mapping
@@ -166,7 +166,9 @@ def compare(state: Mapping[str, torch.Tensor], directory: Path) -> None:
                 local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
                 assert same_bits(local, file.get_slice(key)[part_of(tensor)]), f"{key} differs"
                 left.remove(key)
+                compared += local.nbytes
     assert not left, left
+    return compared
 
 
 Runs = Sequence[list[Measured]]

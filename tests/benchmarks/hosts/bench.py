@@ -100,15 +100,16 @@ class Bench:
         ideal = self.bytes * 8e-6 / (self.given.bucket * scenario.hosts)
         cpu = median(sum(rank.cpu_seconds for rank in run.ranks) for run in runs) / self.bytes * 1e9
         peak = max(rank.peak_bytes for run in runs for rank in run.ranks)
+        compared = max(sum(rank.compared for rank in run.ranks) for run in runs)
         between = median(sum(rank.peer_bytes for rank in run.ranks) for run in runs)
         served, gets = median(run.served for run in runs), median(run.gets for run in runs)
         return (
             f"{served / self.bytes:9.3f}{gets:6.0f}{seconds:8.2f}{start_up:9.2f}{(seconds - start_up) / ideal:9.2f}"
-            f"{cpu:9.2f}{peak / 2**20:9.0f}{between / self.bytes:11.2f}"
+            f"{cpu:9.2f}{peak / 2**20:9.0f}{compared / self.bytes:9.3f}{between / self.bytes:10.2f}"
         )
 
 
-HEADER = "   served  GETs  wall s start-up of ideal CPU s/GB peak MiB sent/byte"
+HEADER = "   served  GETs  wall s start-up of ideal CPU s/GB peak MiB compared sent/byte"
 
 
 @contextmanager

@@ -45,6 +45,8 @@ class Measured:
     peer_bytes: int
     start_up: float
     """Of a load by this loader, the part before the first range: its catalog and plan."""
+    compared: int
+    """Bytes that landed and are as they should be; 0 where they were not looked at."""
 
 
 @dataclass(frozen=True)

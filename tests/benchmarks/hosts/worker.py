@@ -89,13 +89,12 @@ def _measure(task: Task, folder: Path, number: int) -> Measured:
         dist.barrier()
         seconds = time.perf_counter() - begun
         cpu, links = _cpu() - cpu, [after - before for after, before in zip(_links(), links, strict=True)]
-    if task.compare_with is not None:
-        compare(state, task.compare_with)
+    compared = compare(state, task.compare_with) if task.compare_with is not None else 0
     dist.barrier()
     shutil.rmtree(scratch, ignore_errors=True)
     dist.destroy_process_group()
     start_up = report.seconds.catalog + report.seconds.plan if report else 0.0
-    return Measured(seconds, cpu, peak[0], *links, start_up)
+    return Measured(seconds, cpu, peak[0], *links, start_up, compared)
 
 
 def _links() -> list[int]:
