@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
@@ -45,6 +46,19 @@ class GlooWork:
             raise corrupted(what(), memory.numel(), self._peer, "CRC-32C", sent, found)
 
 
+def _options(timeout: float) -> Any:
+    """Ranks connect when they first talk: a mesh of thousands would take a socket each for all of them. `timeout` is in
+    seconds. Network interfaces are those of GLOO_SOCKET_IFNAME, as for the groups that torch makes."""
+    names = filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(","))
+    of: Any = dist.ProcessGroupGloo  # the stubs know no options
+    devices = [of.create_device(interface=name, lazy_init=True) for name in names]
+    options = of._Options()  # noqa: SLF001 - the only way in
+    options._devices = devices or [of.create_default_device(lazy_init=True)]  # noqa: SLF001
+    options._timeout = timedelta(seconds=timeout)  # noqa: SLF001
+    options._threads = 2 * len(options._devices)  # noqa: SLF001
+    return options
+
+
 class GlooTransport:
     """A gloo group of the loader's own, beside the trainer's. What is sent and received is under way at once.
 
@@ -57,7 +71,7 @@ class GlooTransport:
     def __init__(self, store: Store, rank: int, world_size: int, timeout: float) -> None:
         """`store` is the load's own. `timeout` (seconds) bounds a single transfer: longer than the load may take, since
         a wait that times out leaves gloo's connections unusable."""
-        self._group: Any = dist.ProcessGroupGloo(store, rank, world_size, timedelta(seconds=timeout))
+        self._group: Any = dist.ProcessGroupGloo(store, rank, world_size, _options(timeout))
 
     def batch(self) -> Batch:
         return self
@@ -87,4 +101,4 @@ class GlooTransport:
         return GlooWork(coming, sender, check)
 
     def close(self) -> None:
-        self._group = None
+        del self._group

@@ -101,14 +101,15 @@ def fill(
     read_range = _reader(catalog, store, checks, control.recorder)
     loop_before = loop_seconds()
     stage, device = stage_for(shards), cuda_device(shards)
-    with _connected(control, manner, planned.on_node, device, in_host_memory=stage.on_host) as ways:
+    with _connected(control, manner, planned.on_node, device, in_host_memory=stage.on_host) as (transport, neighbours):
         pipeline = Pipeline(
             schedule,
             catalog,
             read_range,
             landings,
             control,
-            *ways,
+            transport,
+            neighbours,
             stage,
             slots=terms.limits.rounds_in_flight,
             concurrency=store.most_at_once,
@@ -116,7 +117,7 @@ def fill(
         )
         control.todo_bytes = schedule.read_bytes
         store.begin()
-        _run(pipeline, control, store, planned.read_bytes, show if control.rank == 0 else None)
+        _run(pipeline, transport, control, store, planned.read_bytes, show if control.rank == 0 else None)
     busy = loop_seconds() - loop_before
     checked = _agreed(control, checks)
     peak = memory.stop()
@@ -172,9 +173,8 @@ def _connected(
     control: Control, manner: Manner, on_node: Sequence[int], device: torch.device | None, *, in_host_memory: bool
 ) -> Iterator[tuple[Transport | None, Neighbours | None]]:
     """This rank's ways to the others: a rank alone, or for itself, needs none; those `on_node` share memory where all
-    of them have their shards `in_host_memory`; to others there is a transport, which all ranks of the job make
-    together, also those that will have nothing to send. After a lost rank it is left as it is, for closing it would
-    wait.
+    of them have their shards `in_host_memory`; where any rank has others to send to, all ranks of the job make a
+    transport together. It is closed by the thread that uses it (see `_run`).
     """
     if control.world_size == 1 or manner.share == "none":
         yield None, None
@@ -183,21 +183,22 @@ def _connected(
     with ExitStack() as ways:
         with control.phase("connect"):
             neighbours = Neighbours.meet(control, on_node, willing=in_host_memory)
+            near = {control.rank} if neighbours is None else {control.rank, *neighbours.ranks}
             if neighbours is not None:
                 ways.callback(neighbours.close)
-            if neighbours is None or len(on_node) < control.world_size:
+            sharing = on_node if manner.share == "node" else range(control.world_size)
+            if on_any_rank(control, "messages", not near.issuperset(sharing)):
                 make = _transport_of(control, 2 * manner.deadline, device)
-                ways.callback(_leave, made, control)
                 _wait_for(lambda: made.append(make()), control, "loader-connect")
         yield made[0] if made else None, neighbours
 
 
-def _leave(made: list[Transport], control: Control) -> None:
+def _leave(transport: Transport, control: Control) -> None:
+    """After a lost rank it stays as it is, for closing it would wait."""
     if isinstance(control.error, LostRankError):
-        _LEFT.extend(made)
+        _LEFT.append(transport)
     else:
-        for transport in made:
-            transport.close()
+        transport.close()
 
 
 def _transport_of(control: Control, timeout: float, device: torch.device | None) -> Callable[[], Transport]:
@@ -212,15 +213,27 @@ def _identity(device: torch.device | None) -> str | None:
     return str(torch.cuda.get_device_properties(device).uuid) if device else None
 
 
-def _run(pipeline: Pipeline, control: Control, store: Store, total: int, show: Show | None) -> None:
-    """The rounds. After an error nothing is read any more: it would come into shards that the caller may fill anew."""
+def _run(
+    pipeline: Pipeline, transport: Transport | None, control: Control, store: Store, total: int, show: Show | None
+) -> None:
+    """The rounds. After an error nothing is read any more: it would come into shards that the caller may fill anew.
+
+    Their thread leaves the `transport` when it ends: one that is left behind may still send what others wait for.
+    """
+
+    def rounds() -> None:
+        with ExitStack() as ends:
+            if transport is not None:
+                ends.callback(_leave, transport, control)
+            pipeline.run()
+
     with ExitStack() as unless_done, control.phase("rounds"):
         unless_done.callback(store.close)
         if show is not None:
             with Progress(total, show) as progress:
-                _wait_for(pipeline.run, control, "loader-rounds", lambda: progress.look(control.progress))
+                _wait_for(rounds, control, "loader-rounds", lambda: progress.look(control.progress))
         else:
-            _wait_for(pipeline.run, control, "loader-rounds")
+            _wait_for(rounds, control, "loader-rounds")
         unless_done.pop_all()
 
 

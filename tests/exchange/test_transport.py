@@ -1,6 +1,12 @@
-"""Messages between real ranks, with a bit that flips on the wire."""
+"""Messages between real ranks: who connects, a bit that flips on the wire, and what an error leaves behind."""
 
 from __future__ import annotations
+
+import os
+import threading
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +16,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 
 import loader
-from loader.errors import CorruptionError
+from loader.errors import CorruptionError, StoreError
 from loader.exchange.device import DeviceTransport
-from loader.exchange.gloo import GlooTransport
+from loader.exchange.gloo import GlooTransport, GlooWork
+from loader.store.store import Store
+from loader.store.tally import Asked
+from loader.stream import load
 from tests.checkpoints import random_checkpoint
 from tests.ranks import run_ranks
 from tests.shards import blank, shard
+
+SIZE = 1 << 20
 
 
 def _messages(size: int, flipped: int | None, device: bool) -> str | None:
@@ -82,3 +93,93 @@ def test_a_load_ends_on_every_rank_with_the_key_the_file_and_the_rank(tmp_path):
     told = {str(each.error) for each in found}
     assert len(told) == 1
     assert " of model.safetensors: a message of " in told.pop()
+
+
+def _connect() -> tuple[int, int]:
+    os.environ.pop("TORCH_GLOO_LAZY_INIT", None)  # a trainer's group may have its mesh
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    store = PrefixStore("here", dist.distributed_c10d._get_default_store())
+    found = [_sockets()]
+    transport = GlooTransport(store, rank, world_size, 30)
+    found.append(_sockets())
+    if rank < 2:
+        memory = torch.zeros(8, dtype=torch.uint8)
+        (transport.send(0, memory, [1])[0] if rank == 0 else transport.receive(0, memory, 0)).wait()
+    dist.barrier()
+    found.append(_sockets())
+    transport.close()
+    return found[1] - found[0], found[2] - found[1]
+
+
+def _sockets() -> int:
+    def kind(path: Path) -> str:
+        with suppress(OSError):
+            return str(path.readlink())
+        return ""
+
+    return sum(kind(path).startswith("socket") for path in Path("/proc/self/fd").iterdir())
+
+
+def test_ranks_connect_when_they_first_talk():
+    """A listener each, at first; and to those alone with whom there are messages."""
+    assert run_ranks(5, _connect) == [(1, 1), (1, 1), (1, 0), (1, 0), (1, 0)]
+
+
+def _left_behind(directory: str) -> tuple[str, bool, set[bool], float]:
+    """Rank 0 fails to read, while rank 1 waits for a message for longer than the end of the rounds is waited for."""
+    load.DRAIN = 0.2
+    rank, ended, groups = dist.get_rank(), threading.Event(), set()
+    wait, read, isend, irecv = GlooWork.wait, Store.read, dist.isend, dist.irecv
+
+    def slow(self: GlooWork) -> None:
+        wait(self)
+        assert rank == 0 or ended.wait(60)
+
+    def failing(self: Store, name: str, pin: str, start: int, buffer: memoryview) -> Asked:
+        if rank == 0 and start > SIZE:
+            raise StoreError("nothing there")
+        return read(self, name, pin, start, buffer)
+
+    def seen(way: Any) -> Any:
+        def call(*args: Any, group: Any, **kwargs: Any) -> Any:
+            groups.add(group is None)
+            return way(*args, group=group, **kwargs)
+
+        return call
+
+    GlooWork.wait, Store.read, dist.isend, dist.irecv = slow, failing, seen(isend), seen(irecv)
+    try:
+        loader.load(
+            {"weight": torch.zeros(4 * SIZE // 1024, 256)}, directory, range_size="64KiB", memory_budget="16MiB"
+        )
+        said = "loaded"
+    except StoreError as error:
+        said = error.message
+    rounds = [thread for thread in threading.enumerate() if thread.name == "loader-rounds"]
+    ended.set()
+    for thread in rounds:
+        thread.join(60)
+    GlooWork.wait, dist.isend, dist.irecv = wait, isend, irecv
+    total = torch.tensor(float(rank))
+    dist.all_reduce(total)
+    return said, bool(rounds), groups, total.item()
+
+
+def test_rounds_that_an_error_has_left_behind_keep_to_the_loaders_own_group(tmp_path):
+    random_checkpoint(tmp_path, {"weight": (torch.float32, (4 * SIZE // 1024, 256))})
+    found = run_ranks(2, _left_behind, str(tmp_path), nodes=2)
+    assert [said for said, *_ in found] == ["nothing there"] * 2
+    assert found[1][1], "rank 1's rounds were not left behind"
+    assert [groups for _, _, groups, _ in found] == [{False}] * 2
+    assert [total for *_, total in found] == [1.0, 1.0]
+
+
+def _without_messages(directory: str) -> int:
+    load.GlooTransport = None
+    report = loader.load({"weight": torch.zeros(64, 33)}, directory, share="node", range_size="64KiB")
+    return report.exchanged_bytes
+
+
+def test_where_all_who_share_are_neighbours_nobody_connects(tmp_path):
+    random_checkpoint(tmp_path, {"weight": (torch.float32, (64, 33))})
+    assert sum(run_ranks(4, _without_messages, str(tmp_path), nodes=2)) > 0
