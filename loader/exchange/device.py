@@ -6,7 +6,7 @@ that both send first would wait for each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from operator import itemgetter
 
@@ -37,11 +37,12 @@ def check_of(memory: Tensor) -> Tensor:
     return total + (rest * _odd(-1 - torch.arange(rest.numel(), dtype=torch.int64, device=memory.device))).sum()
 
 
-def _words(memory: Tensor) -> list[tuple[Tensor, int]]:
+def _words(memory: Tensor) -> Iterator[tuple[Tensor, int]]:
     """Words of 8 bytes, a piece at a time, and the number of each piece's first."""
-    pieces = [memory[start : start + 8 * _PIECE] for start in range(0, memory.numel(), 8 * _PIECE)]
-    aligned = [piece if piece.data_ptr() % 8 == piece.storage_offset() % 8 == 0 else piece.clone() for piece in pieces]
-    return [(piece.view(torch.int64), number * _PIECE) for number, piece in enumerate(aligned)]
+    for first in range(0, memory.numel() // 8, _PIECE):
+        piece = memory[8 * first : 8 * (first + _PIECE)]
+        aligned = piece.data_ptr() % 8 == piece.storage_offset() % 8 == 0
+        yield (piece if aligned else piece.clone()).view(torch.int64), first
 
 
 def _odd(at: Tensor) -> Tensor:

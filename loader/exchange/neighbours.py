@@ -164,7 +164,8 @@ class Neighbours:
         """Let `ranks` take parts of extent `number`, which stands in `memory`: until they have, it must stay as it
         is. A rank that cannot be told any more, or the job's error, is for `wait` to tell: messages go on until then.
         """
-        place = next(filter(None, (each.place(memory) for each in self._memories)))
+        place = next(filter(None, (each.place(memory) for each in self._memories)), _NOWHERE)
+        assert place != _NOWHERE or self._closed, "what is offered stands in shared memory"
         with suppress(LoaderError):
             for rank in ranks:
                 self._tell(rank, _OFFER, number, place)
@@ -216,7 +217,9 @@ class Neighbours:
                 return os.write(self._inboxes[rank], record) > 0
             except BlockingIOError:
                 return False
-            except (KeyError, OSError) as error:
+            except KeyError:
+                raise lost(rank, "the ranks of this node have parted") from None
+            except OSError as error:
                 raise lost(rank, str(error)) from error
 
     def _receive(self) -> None:

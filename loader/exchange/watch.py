@@ -127,7 +127,7 @@ class Watch:
                     self._started = number
                     return True
         while not self._stop_known.wait(BEAT):
-            if self._silent():
+            if self._silent() or self._closed.is_set():
                 return False
         return self._last is not None and number <= self._last
 

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from loader.ground.caller import Caller
-from loader.store.base import Hung
+from loader.ground.caller import Caller, end_all
+from loader.store.base import Hung, Transient
 
 T = TypeVar("T")
 
@@ -22,10 +22,11 @@ class Aside:
         self._until = until
         self._mine = threading.local()
         self._callers: list[Caller] = []
+        self._closed = False
         self._lock = threading.Lock()
 
     def call(self, work: Callable[[Callable[[], None]], T]) -> T:
-        """`work(alive)`, which calls `alive` for each sign of life. Raises Hung.
+        """`work(alive)`, which calls `alive` for each sign of life. Raises Hung, and Transient after `close`.
 
         What it was to fill it may still fill, at any time: then that memory must not be used for anything else.
         """
@@ -37,6 +38,8 @@ class Aside:
 
         def give_up() -> Hung | None:
             now = time.monotonic()
+            if self._closed:
+                return Hung("it had not ended when all reading did")
             if now - seen > self._timeout:
                 return Hung(f"nothing came for {self._timeout:g} s (read.timeout)")
             return Hung("it had not ended, and read.deadline has passed") if now > self._until else None
@@ -48,14 +51,16 @@ class Aside:
             raise
 
     def close(self) -> None:
+        """Nobody waits for a call any more, and none is made."""
         with self._lock:
-            callers, self._callers = self._callers, []
-        for caller in callers:
-            caller.close()
+            self._closed = True
+        end_all(self._callers)
 
     def _caller(self) -> Caller:
-        if not hasattr(self._mine, "caller"):
-            self._mine.caller = Caller("loader-file")
-            with self._lock:
+        with self._lock:
+            if self._closed:
+                raise Transient("all reading has ended")
+            if not hasattr(self._mine, "caller"):
+                self._mine.caller = Caller("loader-file")
                 self._callers.append(self._mine.caller)
-        return self._mine.caller  # type: ignore[no-any-return]
+            return self._mine.caller  # type: ignore[no-any-return]

@@ -7,6 +7,7 @@ message that is waited for there holds up no range that is read.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
@@ -83,7 +84,8 @@ class CudaStage:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._uploads, self._writes = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
-        self._writes.wait_stream(torch.cuda.current_stream(device))
+        for stream in (self._uploads, self._writes):
+            stream.wait_stream(torch.cuda.current_stream(device))
 
     def allocate(self, size: int) -> Memory:
         return _PinnedMemory(size, self._device)
@@ -116,22 +118,30 @@ class CudaStage:
 class _PinnedMemory:
     """Host memory that the device copies from by itself, and as much on the device.
 
-    Registered, since torch's own pinned allocator takes the next power of two and keeps it.
+    Registered, since torch's own pinned allocator takes the next power of two and keeps it; until it is freed, or an
+    error has left it to nobody.
     """
 
     def __init__(self, size: int, device: torch.device) -> None:
         self.host = own_memory(size)
         self.there = torch.empty(size, dtype=torch.uint8, device=device)
+        self._registered: weakref.finalize[..., _PinnedMemory] | None = None
         if size:
             with torch.cuda.device(device):
                 torch.cuda.check_error(_runtime().cudaHostRegister(self.host.data_ptr(), size, 0))
+            self._registered = weakref.finalize(self, _unregister, self.host.data_ptr(), device)
+            self._registered.atexit = False
 
     def free(self) -> None:
-        if self.host.numel():
-            with torch.cuda.device(self.there.device):
-                torch.cuda.check_error(_runtime().cudaHostUnregister(self.host.data_ptr()))
+        if self._registered is not None:
+            self._registered()
         self.host = own_memory(0)
         self.there = torch.empty(0, dtype=torch.uint8, device=self.there.device)
+
+
+def _unregister(address: int, device: torch.device) -> None:
+    with torch.cuda.device(device):
+        torch.cuda.check_error(_runtime().cudaHostUnregister(address))
 
 
 def _runtime() -> Any:

@@ -14,7 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from loader.errors import StoreError
 from loader.store.aside import Aside
-from loader.store.base import Access, Hung
+from loader.store.base import Access, Hung, Transient
 from loader.store.store import Store
 
 NAME = "model.safetensors"
@@ -86,3 +86,33 @@ def test_closing_ends_the_threads(directory):
         if each.name == "loader-file":
             each.join(30)  # it may not have had its turn yet
             assert not each.is_alive()
+
+
+def test_closing_waits_for_none_that_hangs_and_who_waits_is_let_go(directory):
+    """One after another these would be waited for 12 s."""
+    aside, ends = Aside(300, math.inf), []
+    begun = threading.Semaphore(0)
+
+    def hang(_) -> None:
+        begun.release()
+        (directory / "fifo").read_bytes()
+
+    def ask() -> None:
+        try:
+            aside.call(hang)
+        except (Hung, Transient) as error:
+            ends.append(type(error))
+
+    asking = [threading.Thread(target=ask) for _ in range(60)]
+    for thread in asking:
+        thread.start()
+    for _ in asking:
+        begun.acquire()
+    since = time.monotonic()
+    aside.close()
+    assert time.monotonic() - since < 6
+    for thread in asking:
+        thread.join()
+    ask()
+    assert ends == [Hung] * 60 + [Transient]
+    _release(directory)
