@@ -11,7 +11,7 @@ import re
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from tests.proxy import Forward, Reply, Request
@@ -112,9 +112,9 @@ def from_then_on(rank: int, number: int, fault: Fault) -> Fault:
     return lambda get: fault(get) if get.request.rank == rank and get.number >= number else None
 
 
-def every(count: int, fault: Fault) -> Fault:
-    """Of every rank's GETs each `count`th."""
-    return lambda get: fault(get) if get.number % count == count - 1 else None
+def at(numbers: Collection[int], fault: Fault) -> Fault:
+    """Of every rank's GETs those with these numbers, from 0."""
+    return lambda get: fault(get) if get.number in numbers else None
 
 
 # What

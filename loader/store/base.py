@@ -27,6 +27,10 @@ Backend = Literal["auto", "direct", "fsspec"]
 `auto` the first where the scheme and its options allow it."""
 
 
+IsLate = Callable[[float], bool]
+"""Whether a read is to be given up that has been silent for so many seconds. It is asked again while it is not."""
+
+
 class Stat(NamedTuple):
     """An object's size in bytes, and its pin."""
 
@@ -58,11 +62,11 @@ class Listed(Protocol):
 class Scheme(Listed, Protocol):
     """One that reads them through a client library."""
 
-    def read(self, name: str, pin: str, start: int, buffer: memoryview, silence: float) -> None:
+    def read(self, name: str, pin: str, start: int, buffer: memoryview, late: IsLate) -> None:
         """Fill `buffer` with the bytes from `start` on, of the version that `pin` names.
 
-        After `silence` seconds without a byte it is given up as `Late`; a scheme that can only wait for its time-out
-        does that.
+        While nothing comes, `late` is asked whether to give it up as `Late`; a scheme that can only wait for its
+        time-out does that.
         Raises PinError when the reply is of another, FileNotFoundError when the store says that there is no such
         range of that version, PermissionError, `Unusable`, and `Transient` for whatever another try may mend.
         """
@@ -113,7 +117,7 @@ class Transient(Exception):  # noqa: N818 - it is a verdict on an error, told ap
 
 
 class Late(Transient):
-    """No byte came for as long as the read might be silent."""
+    """No byte came for longer than others took."""
 
 
 class Unusable(Exception):  # noqa: N818 - as above

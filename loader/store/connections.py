@@ -17,15 +17,20 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, InvalidURL
+from io import BufferedReader, RawIOBase
 from pathlib import Path
 from socket import socket
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import certifi
 
-from loader.store.base import Late, Transient, Unusable, told
+from loader.ground.caller import LOOK
+from loader.store.base import Transient, Unusable, told
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer as Buffer
 
 FRESH = 2.0
 """Seconds for which an idle connection is used again. Many servers close one after 5."""
@@ -68,15 +73,16 @@ class Lent(NamedTuple):
     connection: HTTPConnection
     socket: socket
 
-    def get(self, headers: Mapping[str, str]) -> HTTPResponse:
-        """The reply, whose body is to be read to its end. Raises Late, Transient and Unusable."""
+    def get(self, headers: Mapping[str, str], look: Callable[[float], None]) -> HTTPResponse:
+        """The reply, whose body is to be read to its end. While nothing comes, `look` is called with the seconds for
+        which that has been so, and may raise. Raises Transient and Unusable."""
         try:
             said = ({"User-Agent": AGENT}, self.way.headers, headers)  # each instead of those before, in any case
             once = {name.title(): value for each in said for name, value in each.items()}
             self.connection.request("GET", self.way.target, headers=once)
+            self.socket.settimeout(LOOK)
+            self.connection.response_class = partial(_Heard, look)  # type: ignore[assignment]  # it is but called
             return self.connection.getresponse()
-        except TimeoutError as error:
-            raise Late(told(error)) from error
         except InvalidURL:  # whose text has the URL, and that a signature
             raise Unusable("this is no valid URL") from None
         except (OSError, HTTPException) as error:
@@ -85,19 +91,54 @@ class Lent(NamedTuple):
             raise Unusable("a header of the request has characters that HTTP does not allow") from None
 
 
+class _Heard(HTTPResponse):
+    """A reply, and who listens to it."""
+
+    def __init__(self, look: Callable[[float], None], connection: socket, *args: Any, **kwargs: Any) -> None:
+        super().__init__(connection, *args, **kwargs)
+        self.fp = BufferedReader(_Listening(self.fp.detach(), connection, look))
+
+
+class _Listening(RawIOBase):
+    """What comes on a connection. A time-out of its socket is no end of it: then it is looked at, and waited on.
+
+    Connections are closed when their last file is: `file`, which is open for nothing else.
+    """
+
+    def __init__(self, file: RawIOBase, connection: socket, look: Callable[[float], None]) -> None:
+        self._file = file
+        self._connection = connection
+        self._look = look
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, memory: Buffer) -> int:
+        since = time.monotonic()
+        while True:
+            try:
+                return self._connection.recv_into(memory)
+            except TimeoutError:
+                self._look(time.monotonic() - since)
+
+    def close(self) -> None:
+        super().close()
+        self._file.close()
+
+
 class Connections:
     """Its methods may be called from many threads."""
 
     def __init__(self, timeout: float) -> None:
-        """`timeout` in seconds is for a connection to be made."""
+        """`timeout` in seconds is for a connection to be made, and a request to be sent."""
         self._timeout = timeout
         self._closed = False
         self._ways: dict[str, Way] = {}
         self._idle: dict[tuple[Place, Place | None], deque[tuple[float, HTTPConnection]]] = {}
 
     @contextmanager
-    def lent(self, url: str, silence: float) -> Iterator[Lent]:
-        """A connection for `url`, on which `silence` seconds without a byte are a TimeoutError.
+    def lent(self, url: str) -> Iterator[Lent]:
+        """A connection for `url`.
 
         It is kept, unless the context ends with an error: what is left of a reply would be taken for the next one.
         Raises Transient where none can be made, and Unusable for a URL, a proxy or a certificate that does not do.
@@ -105,7 +146,7 @@ class Connections:
         way = self._ways.get(url) or self._ways.setdefault(url, self._way(url))
         connection = _last(way.idle) or way.connect()
         try:
-            connection.sock.settimeout(silence)
+            connection.sock.settimeout(self._timeout)
             yield Lent(way, connection, connection.sock)
         except BaseException:
             connection.close()

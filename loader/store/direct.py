@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
+from functools import partial
 from http.client import HTTPException, HTTPResponse
 
 from loader.store.base import (
@@ -17,6 +18,7 @@ from loader.store.base import (
     Address,
     Addressed,
     Checksum,
+    IsLate,
     Late,
     Stat,
     Transient,
@@ -77,15 +79,16 @@ class Direct:
     def checksum(self, name: str, pin: str) -> Checksum | str:
         return checksum_of(self._scheme, name, pin)
 
-    def read(self, name: str, pin: str, start: int, buffer: memoryview, silence: float) -> None:
+    def read(self, name: str, pin: str, start: int, buffer: memoryview, late: IsLate) -> None:
         address = self._addresses.get((name, pin))
         if address is None:
             address = self._addresses[name, pin] = self._scheme.address(name, pin)
         wanted = {"Range": f"bytes={start}-{start + len(buffer) - 1}", "Accept-Encoding": "identity"}
+        look = partial(self._look, late)
         with (
-            self._connections.lent(address.url, min(silence, self._timeout)) as lent,
+            self._connections.lent(address.url) as lent,
             self._interruptible(lent.socket),
-            closing(lent.get({**address.headers, **wanted})) as reply,  # it may have taken the socket over
+            closing(lent.get({**address.headers, **wanted}, look)) as reply,  # it may have taken the socket over
         ):
             if self._closed:  # which passes for the head's end
                 raise Transient("all reading has ended")
@@ -114,6 +117,12 @@ class Direct:
                     self._alarm.cancel()
                     self._alarm = None
 
+    def _look(self, late: IsLate, silent: float) -> None:
+        if silent > self._timeout:
+            raise Transient(f"nothing came for {self._timeout:g} s (read.timeout)")
+        if late(silent):
+            raise Late(f"nothing came for {silent:.1f} s")
+
     def _check(self, reply: HTTPResponse, name: str, pin: str, start: int, size: int) -> None:
         if reply.status != 206 and (error := self._refusal(reply)) is not None:
             raise error
@@ -136,14 +145,15 @@ def _receive(reply: HTTPResponse, buffer: memoryview) -> None:
     """Fill `buffer` with the reply's body, and see that it ends there."""
     filled = 0
     try:
-        while filled < len(buffer):
-            count = reply.readinto(buffer[filled : filled + PIECE])
-            if not count:
-                raise Transient(f"the body ended {len(buffer) - filled} bytes early", filled=filled)
+        while filled < len(buffer) and (count := reply.readinto(buffer[filled : filled + PIECE])):
             filled += count
-        if reply.read(1):
-            raise Transient(f"the body is longer than the {len(buffer)} bytes asked for", filled=0)
-    except TimeoutError as error:
-        raise Late(told(error), filled=filled) from error
+        longer = filled == len(buffer) and reply.read(1)
+    except Transient as error:  # nothing came
+        error.filled = filled
+        raise
     except (OSError, HTTPException) as error:
         raise Transient(told(error), filled=filled) from error
+    if filled < len(buffer):
+        raise Transient(f"the body ended {len(buffer) - filled} bytes early", filled=filled)
+    if longer:
+        raise Transient(f"the body is longer than the {len(buffer)} bytes asked for", filled=0)

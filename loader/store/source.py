@@ -103,6 +103,7 @@ class _Reader:
 
     def read(self, number: int, name: str) -> _Catalogued:
         stat = _stat(self._store, name)
+        self._store.expect(stat.size)
         return (self._torch_file if is_torch(name) else self._safetensors)(number, name, stat)
 
     def _safetensors(self, number: int, name: str, stat: Stat) -> _Catalogued:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TypeVar
 
 from loader.errors import CatalogError, LoaderError, PinError, StoreError
@@ -98,7 +99,7 @@ class Store:
         self._closed = threading.Event()
         self._retry = Retry(retries, self._until, self._closed, pause or Pause(), self._count_retry)
         self._lock = threading.Lock()
-        self._patience = Patience(access.timeout)
+        self._patience = Patience()
         self.most_at_once = most_at_once or access.concurrency
         self._flow = Flow(access.concurrency, self.most_at_once)
         self._access = replace(access, uri=directory, until=self._until, concurrency=self.most_at_once)
@@ -175,9 +176,15 @@ class Store:
 
         threading.Thread(target=prepare, name="loader-prepare", daemon=True).start()
 
-    def begin(self) -> None:
-        """From here on it is the checkpoint's ranges that are read: how many at once pay is found anew."""
+    def begin(self, size: int) -> None:
+        """From here on it is the checkpoint's ranges that are read, of `size` bytes together: how many at once pay is
+        found anew."""
+        self.expect(size)
         self._flow.begin()
+
+    def expect(self, size: int) -> None:
+        """So many bytes are to be read, of which a share may be asked for twice."""
+        self._patience.expect(size)
 
     def read(self, name: str, pin: str, start: int, buffer: memoryview) -> Asked:
         """Fill `buffer` with the bytes from `start` on, of the version `pin`. Raises StoreError, PinError."""
@@ -215,13 +222,13 @@ class Store:
         return Asked(reading.gets, reading.tries - 1, reading.waited)
 
     def _read_rest(self, reading: _Reading) -> None:
-        """Ask for what is not there yet; where that is late, for what is still not there, and then wait for it."""
+        """Ask for what is not there yet; where that is late, for what is still not there: the next may stall too."""
         reading.tries += 1
-        if not self._ask_for_rest(reading, hedged=True):
-            self._ask_for_rest(reading, hedged=False)
+        while not self._ask_for_rest(reading):
+            pass
 
-    def _ask_for_rest(self, reading: _Reading, *, hedged: bool) -> bool:
-        """Whether it came; if `hedged`, it may also have been late."""
+    def _ask_for_rest(self, reading: _Reading) -> bool:
+        """Whether it came: else it was late."""
         got, scheme, again = 0, self._scheme, min(PIECE, len(reading.rest))
         try:
             with self._flow.place():
@@ -229,8 +236,8 @@ class Store:
                 begun = time.monotonic()
                 if reading.waited is None:
                     reading.waited = begun - reading.since
-                silence = self._patience.seconds(again) if hedged else self._access.timeout
-                scheme.read(reading.name, reading.pin, reading.start + reading.filled, reading.rest, silence)
+                late = partial(self._patience.late, again=again)
+                scheme.read(reading.name, reading.pin, reading.start + reading.filled, reading.rest, late)
             got = len(reading.rest)
             self._patience.took(time.monotonic() - begun, got)
             self._flow.arrived(got)
@@ -240,9 +247,8 @@ class Store:
                 self._flow.throttled()
             if got == len(reading.rest):  # it all came before: there is no rest to ask for
                 return True
-            if not (isinstance(error, Late) and silence < self._access.timeout):
+            if not isinstance(error, Late):
                 raise
-            self._patience.late(silence, again)
             self.tally.add(hedged_bytes=again)
             return False
         except FileNotFoundError as error:

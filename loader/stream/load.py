@@ -116,7 +116,7 @@ def fill(
             straight=store.ends_when_closed,
         )
         control.todo_bytes = schedule.read_bytes
-        store.begin()
+        store.begin(schedule.read_bytes)
         _run(pipeline, transport, control, store, planned.read_bytes, show if control.rank == 0 else None)
     busy = loop_seconds() - loop_before
     checked = _agreed(control, checks)

@@ -6,7 +6,8 @@ One process loads a tensor from a real S3 server (SeaweedFS) on loopback, throug
 
 - `prompt`: that only passes on;
 - `slow`: that waits --delay ms before every reply;
-- `stalling`: in which the connection that the 51st range comes through is silent for 5 s in the middle of its body.
+- `stalling`: in which the connection that --at range (from 0) comes through is silent for 5 s in the middle of its
+  body, and so is each 50th from there on.
 
 The loads are interleaved. `found` is how many ranges at once the load came to, of --concurrency at first. Medians; the
 ratios are to `prompt`, `rate` of the bytes a second in the last half of the load, when the concurrency has been found.
@@ -16,6 +17,7 @@ ratios are to `prompt`, `rate` of the bytes a second in the last half of the loa
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 import tempfile
@@ -36,15 +38,15 @@ from tests.checkpoints import random_checkpoint
 from tests.proxy import CountingProxy, Forward, Reply, Request
 
 STALL = 5.0
-AT = 50
-"""Of the ranges, from 0, the one whose connection stalls."""
+ONE_IN = 50
+"""Connections of which one stalls."""
 
 
 class Bucket:
     """A hook for the proxy, and what it saw: when each reply was done, and the most that were under way."""
 
-    def __init__(self, wait: float, stall: float) -> None:
-        self.wait, self.stall = wait, stall
+    def __init__(self, wait: float, stall_at: float) -> None:
+        self.wait, self.stall_at = wait, stall_at
         self.now = self.most = 0
         self.times: list[float] = []
         self.lock = threading.Lock()
@@ -59,7 +61,8 @@ class Bucket:
             self.times.append(0.0)
         time.sleep(self.wait)
         reply = forward(request)
-        return Reply(reply.status, reply.headers, self._passed_on(reply, self.stall if count == AT else 0.0, count))
+        stalls = count >= self.stall_at and (count - self.stall_at) % ONE_IN == 0
+        return Reply(reply.status, reply.headers, self._passed_on(reply, STALL * stalls, count))
 
     def _passed_on(self, reply: Reply, stall: float, count: int) -> Iterator[bytes | memoryview]:
         for chunk in reply.chunks:
@@ -78,12 +81,13 @@ if __name__ == "__main__":
     parser.add_argument("--concurrency", type=int, default=4, help="read.concurrency")
     parser.add_argument("--delay", type=float, default=50, help="ms")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--at", type=int, default=5, help="the first range whose connection stalls")
     given = parser.parse_args()
     rows = parse_bytes(given.size) // 8192
     kinds = {
-        "prompt": (0.0, 0.0),
-        "slow": (given.delay / 1000, 0.0),
-        "stalling": (0.0, STALL),
+        "prompt": (0.0, math.inf),
+        "slow": (given.delay / 1000, math.inf),
+        "stalling": (0.0, given.at),
     }
     runs = {name: [] for name in kinds}
     with tempfile.TemporaryDirectory() as folder, s3_server() as server, CountingProxy(server.endpoint) as proxy:

@@ -30,6 +30,10 @@ ALLOWED = f"Basic {b64encode(b'me:pa/ss').decode()}"
 NAMED = "me:pa%2Fss@"
 
 
+def _patiently(_: float) -> None:
+    """However long nothing comes."""
+
+
 def store_at(url: str, backend: Backend = "direct", **options: object) -> Store:
     return Store(Access(url, dict(options), 4, 30.0, backend), retries=0, deadline=60)
 
@@ -123,8 +127,8 @@ def test_a_server_that_closes_an_idle_connection_without_a_word():
     reader = connections.Connections(10.0)
     with hasty_server() as (port, came):
         for number in range(3):
-            with reader.lent(f"http://127.0.0.1:{port}/{number}", 10.0) as lent:
-                assert lent.get({}).read() == b"ok"
+            with reader.lent(f"http://127.0.0.1:{port}/{number}") as lent:
+                assert lent.get({}, _patiently).read() == b"ok"
             assert select.select([lent.socket], [], [], 10)[0], "the end of the connection has come"
     assert len(came) == 3
     reader.close()
@@ -162,9 +166,9 @@ def test_a_user_and_a_password_in_the_url(served, backend):
 def test_a_header_that_cannot_be_sent_is_not_told(served):
     with (
         pytest.raises(connections.Unusable, match="a header of the request has characters that HTTP does not") as told,
-        connections.Connections(10.0).lent(f"{served.url}/{NAME}", 10.0) as lent,
+        connections.Connections(10.0).lent(f"{served.url}/{NAME}") as lent,
     ):
-        lent.get({"Authorization": "Bearer sec\nret"})
+        lent.get({"Authorization": "Bearer sec\nret"}, _patiently)
     assert told.value.__cause__ is None
     assert told.value.__suppress_context__
 
@@ -229,11 +233,11 @@ def test_tls_through_a_proxy_that_asks_who_it_is(tmp_path, monkeypatch):
         for named in ("", NAMED):
             monkeypatch.setenv("https_proxy", f"{named}127.0.0.1:{tunnel.port}")
             if named:
-                with connections.Connections(10.0).lent(f"{url}/{NAME}", 10.0) as lent:
-                    assert lent.get({}).readinto(buffer) == len(DATA)
+                with connections.Connections(10.0).lent(f"{url}/{NAME}") as lent:
+                    assert lent.get({}, _patiently).readinto(buffer) == len(DATA)
                 assert bytes(buffer) == DATA
             else:
-                with pytest.raises(connections.Transient, match="407"), reader.lent(f"{url}/{NAME}", 10.0):
+                with pytest.raises(connections.Transient, match="407"), reader.lent(f"{url}/{NAME}"):
                     pass
         assert [asked.rsplit(" ", 1)[0] for asked in tunnel.asked] == [f"CONNECT {url.removeprefix('https://')}"] * 2
         reader.close()
@@ -243,8 +247,8 @@ def test_a_proxy_with_a_user_and_without_tls(served, monkeypatch):
     monkeypatch.setenv("no_proxy", "")
     monkeypatch.setenv("http_proxy", served.url.replace("//", f"//{NAMED}"))
     reader = connections.Connections(10.0)
-    with reader.lent("http://elsewhere.test/model.safetensors?a=b", 10.0) as lent:
-        lent.get({}).read()
+    with reader.lent("http://elsewhere.test/model.safetensors?a=b") as lent:
+        lent.get({}, _patiently).read()
     (request,) = served.requests
     assert request.target == "http://elsewhere.test/model.safetensors?a=b"
     assert (request.headers["Host"], request.headers["Proxy-Authorization"]) == ("elsewhere.test", ALLOWED)
@@ -259,8 +263,8 @@ def test_hosts_through_a_proxy(served, monkeypatch, host, asked):
     monkeypatch.setenv("no_proxy", "")
     monkeypatch.setenv("http_proxy", served.url.removeprefix("http://"))
     reader = connections.Connections(10.0)
-    with reader.lent(f"http://{host}/x", 10.0) as lent:
-        lent.get({}).read()
+    with reader.lent(f"http://{host}/x") as lent:
+        lent.get({}, _patiently).read()
     (request,) = served.requests
     assert (request.target, request.headers["Host"]) == (f"http://{asked}/x", asked)
     reader.close()
@@ -271,7 +275,7 @@ INVALID = ["ftp://host/x", "http://", "http://host:port/x", "http://ho st/x", f"
 
 @pytest.mark.parametrize("url", INVALID)
 def test_no_valid_url(url):
-    with pytest.raises(connections.Unusable, match="no valid URL"), connections.Connections(10.0).lent(url, 10.0):
+    with pytest.raises(connections.Unusable, match="no valid URL"), connections.Connections(10.0).lent(url):
         pass
 
 
@@ -286,7 +290,7 @@ def test_no_valid_url(url):
 def test_a_proxy_that_does_not_do(monkeypatch, proxy, url, says):
     monkeypatch.setenv("no_proxy", "")
     monkeypatch.setenv("https_proxy", proxy)
-    with pytest.raises(connections.Unusable, match=says), connections.Connections(10.0).lent(url, 10.0):
+    with pytest.raises(connections.Unusable, match=says), connections.Connections(10.0).lent(url):
         pass
 
 
@@ -295,6 +299,6 @@ def test_certificates_that_cannot_be_read(tmp_path, monkeypatch):
     says = r"authorities at .*nowhere\.pem cannot be read"
     with (
         pytest.raises(connections.Unusable, match=says),
-        connections.Connections(10.0).lent("https://host.test/", 10.0),
+        connections.Connections(10.0).lent("https://host.test/"),
     ):
         pass

@@ -1,42 +1,51 @@
-from loader.store.patience import KNOWN, LATELY, LEAST, SHARE, TIMES, Patience
+import math
 
-TIMEOUT, SIZE = 30.0, 1000
+from loader.store.patience import KNOWN, LATELY, LEAST, SHARE, SLOW, TIMES, Patience
+
+SIZE = 1000
 
 
 def known(*took: float) -> Patience:
-    patience = Patience(TIMEOUT)
+    patience = Patience()
     for seconds in took:
         patience.took(seconds, SIZE)
     return patience
 
 
 def test_nothing_is_late_while_nothing_is_known():
-    assert known(*[0.1] * (KNOWN - 1)).seconds(0) == TIMEOUT
-    assert known(*[0.1] * KNOWN).seconds(0) < TIMEOUT
+    patience = known(*[0.1] * (KNOWN - 1))
+    patience.expect(1 << 30)
+    assert patience.seconds() == math.inf
+    assert not patience.late(1e6, 1)
+    patience.took(0.1, SIZE)
+    assert patience.late(LEAST + 0.1, 1), "one that waits since before is judged by what is known now"
 
 
 def test_late_is_some_times_what_a_slow_read_took():
     slow = [0.5] * 10
-    assert known(*[0.1] * 50, *slow).seconds(0) == TIMES * 0.5
-    assert known(*[0.2] * 60, 25.0).seconds(0) == TIMES * 0.2, "one that stalled is not what reads take"
-    assert known(*[0.001] * 60).seconds(0) == LEAST
-    assert known(*[20.0] * 60).seconds(0) == TIMEOUT
+    assert known(*[0.1] * 50, *slow).seconds() == TIMES * 0.5
+    assert known(*[0.2] * 60, 25.0).seconds() == TIMES * 0.2, "one that stalled is not what reads take"
+    assert known(*[0.001] * 60).seconds() == LEAST
 
 
 def test_a_bucket_that_slows_down_is_followed():
     patience = known(*[0.2] * LATELY)
-    haste = patience.seconds(0)
-    for _ in range(LATELY // 8):
-        patience.late(haste, 0)
-    assert patience.seconds(0) == TIMES * haste
+    silent = patience.seconds() + 0.1
+    assert not patience.late(patience.seconds(), 0)
+    for _ in range(LATELY - int(SLOW * LATELY)):
+        assert patience.late(silent, 0)
+    assert patience.seconds() == TIMES * silent
 
 
 def test_no_more_than_its_share_is_asked_for_twice():
     patience = known(*[0.1] * 100)
     budget = int(SHARE * 100 * SIZE)
-    assert patience.seconds(budget) < TIMEOUT
-    assert patience.seconds(budget + 1) == TIMEOUT
-    patience.late(0.4, budget)
-    assert patience.seconds(1) == TIMEOUT
+    assert not patience.late(9, budget + 1)
+    assert patience.late(9, budget)
+    assert not patience.late(9, 1)
     patience.took(0.1, SIZE)
-    assert patience.seconds(int(SHARE * SIZE)) < TIMEOUT
+    assert patience.late(9, int(SHARE * SIZE))
+    assert not patience.late(9, 1)
+    patience.expect(200 * SIZE)
+    assert patience.late(9, int(SHARE * 99 * SIZE)), "what is still to be read counts as well"
+    assert not patience.late(9, 1)

@@ -16,6 +16,7 @@ from loader.store.base import (
     Address,
     Checksum,
     Filler,
+    IsLate,
     Scheme,
     Stat,
     Transient,
@@ -63,7 +64,7 @@ class GsScheme:
             return "the bucket tells no crc32c of it"
         return Checksum("CRC32C", int.from_bytes(b64decode(found["crc32c"])))
 
-    def read(self, name: str, pin: str, start: int, buffer: memoryview, _: float) -> None:
+    def read(self, name: str, pin: str, start: int, buffer: memoryview, _: IsLate) -> None:
         bucket, key, _ = self.fs.split_path(f"{self.path}/{name}")
         filler = Filler(buffer)
         wanted = {"Range": f"bytes={start}-{start + len(buffer) - 1}"}

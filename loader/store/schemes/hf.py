@@ -20,6 +20,7 @@ from loader.store.base import (
     Address,
     Addressed,
     Filler,
+    IsLate,
     Scheme,
     Stat,
     Transient,
@@ -86,7 +87,7 @@ class HfScheme:
                     raise FileNotFoundError(f"no files in {self.directory or 'the repository'}")
             return self._files
 
-    def read(self, name: str, pin: str, start: int, buffer: memoryview, _: float) -> None:
+    def read(self, name: str, pin: str, start: int, buffer: memoryview, _: IsLate) -> None:
         """Through the file system, which goes by the hub for each range."""
         commit = pin.partition("/")[0]
         path = (

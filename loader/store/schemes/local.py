@@ -9,7 +9,7 @@ from pathlib import Path
 from fsspec.core import url_to_fs
 
 from loader.store.aside import Aside
-from loader.store.base import Access, Filler, Scheme, Stat, Transient, changed, told
+from loader.store.base import Access, Filler, IsLate, Scheme, Stat, Transient, changed, told
 
 CLIENT_BYTES = 6 << 20  # the threads that read, and what a rank does the first time
 
@@ -33,7 +33,7 @@ class LocalScheme:
         found = self._aside.call(lambda _: (self.directory / name).stat())
         return Stat(found.st_size, _pin(found))
 
-    def read(self, name: str, pin: str, start: int, buffer: memoryview, _: float) -> None:
+    def read(self, name: str, pin: str, start: int, buffer: memoryview, _: IsLate) -> None:
         self._aside.call(lambda alive: self._read(name, pin, start, buffer, alive))
 
     def _read(self, name: str, pin: str, start: int, buffer: memoryview, alive: Callable[[], None]) -> None:

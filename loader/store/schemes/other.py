@@ -12,7 +12,7 @@ from fsspec.core import url_to_fs
 
 from loader.errors import LoaderError
 from loader.store.aside import Aside
-from loader.store.base import Access, Filler, Scheme, Stat, Transient, changed, told
+from loader.store.base import Access, Filler, IsLate, Scheme, Stat, Transient, changed, told
 
 T = TypeVar("T")
 
@@ -68,7 +68,7 @@ class OtherScheme:
     def stat(self, name: str) -> Stat:
         return self._call(lambda: self._stat(name))
 
-    def read(self, name: str, pin: str, start: int, buffer: memoryview, _: float) -> None:
+    def read(self, name: str, pin: str, start: int, buffer: memoryview, _: IsLate) -> None:
         self._call(lambda: self._read(name, pin, start, buffer))
 
     def _stat(self, name: str) -> Stat:

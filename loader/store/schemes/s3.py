@@ -18,6 +18,7 @@ from loader.store.base import (
     Address,
     Checksum,
     Filler,
+    IsLate,
     Scheme,
     Stat,
     Transient,
@@ -80,7 +81,7 @@ class S3Scheme:
                 return Checksum(algorithm, int.from_bytes(b64decode(value)))
         return f"the bucket has no {', '.join(ALGORITHMS)} of the whole object; one of its parts' checksums does not do"
 
-    def read(self, name: str, pin: str, start: int, buffer: memoryview, _: float) -> None:
+    def read(self, name: str, pin: str, start: int, buffer: memoryview, _: IsLate) -> None:
         bucket, key, _ = self.fs.split_path(f"{self.path}/{name}")
         wanted = f"bytes={start}-{start + len(buffer) - 1}"
         filler = Filler(buffer)

@@ -13,6 +13,7 @@ from loader.store.base import (
     Access,
     Address,
     Filler,
+    IsLate,
     Scheme,
     Stat,
     Transient,
@@ -100,7 +101,7 @@ class WebScheme:
 
         return call(self.fs.loop, head, self.until)  # type: ignore[no-any-return]
 
-    def read(self, name: str, pin: str, start: int, buffer: memoryview, _: float) -> None:
+    def read(self, name: str, pin: str, start: int, buffer: memoryview, _: IsLate) -> None:
         filler = Filler(buffer)
         headers = {"Range": f"bytes={start}-{start + len(buffer) - 1}"}
 
