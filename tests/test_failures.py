@@ -132,7 +132,7 @@ FATAL = {
     "e500": ("StoreError", 2, ["status 500", "2 tries", "read.retries is 1"]),
     "e403": ("StoreError", 1, ["status 403", "refuses now"]),
     "reset": ("StoreError", 3, ["reset by peer", "2 tries"]),
-    "stall": ("StoreError", 0, ["timed out", "2 tries"]),
+    "stall": ("StoreError", 0, ["nothing came for 5 s", "2 tries"]),
     "landing": ("InternalError", 1, ["no room on this device"]),
     "changed": ("PinError", None, ["changed while it was read"]),  # the last: the object stays another
 }
