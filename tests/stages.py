@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from loader.stream import load
+from loader.stream import connect, load
 from loader.stream.buffers import Buffer, Memory, own_memory
 from loader.stream.stage import HostStage
 
@@ -39,6 +39,6 @@ def use(device: str) -> str:
     if device == "elsewhere":
         load.stage_for = lambda _: Elsewhere()
         load.cuda_device = lambda _: torch.device("cpu")
-        load._identity = lambda _: f"the device of rank {dist.get_rank()}"
+        connect._identity = lambda _: f"the device of rank {dist.get_rank()}"
         return "cpu"
     return device

@@ -1,6 +1,6 @@
 """The watch over a job: its first error, its lost ranks, and the round to stop with.
 
-A thread of every rank beats for it in torch.distributed's key-value store, watches its neighbour's beat, and learns of
+A thread of every rank beats for it in torch.distributed's key-value store, watches the next rank's beat, and learns of
 errors while other threads are busy.
 """
 
@@ -135,7 +135,7 @@ class Watch:
 
     def _watch(self) -> None:
         try:
-            node, neighbour, seen, since = node_name(), (self.rank + 1) % self.world_size, b"", time.monotonic()
+            node, watched, seen, since = node_name(), (self.rank + 1) % self.world_size, b"", time.monotonic()
             for count in itertools.count():
                 begun = time.monotonic()
                 beat = f"{socket.gethostname()}:{count} {self.done_bytes} {self.todo_bytes}"
@@ -145,12 +145,12 @@ class Watch:
                 if self._error is not None and not self._stop_known.is_set():
                     self._agree_on_stop()
                 self._share_pause(f"pause/{node}")
-                found = self._read_beat(neighbour)
+                found = self._read_beat(watched)
                 if found != seen:
                     seen, since = found, time.monotonic()
-                elif neighbour != self.rank and time.monotonic() - since > (LOST_AFTER if seen else UNSEEN_FOR):
-                    self._lose(neighbour, seen)
-                    neighbour, seen, since = (neighbour + 1) % self.world_size, b"", time.monotonic()
+                elif watched != self.rank and time.monotonic() - since > (LOST_AFTER if seen else UNSEEN_FOR):
+                    self._lose(watched, seen)
+                    watched, seen, since = (watched + 1) % self.world_size, b"", time.monotonic()
                 self._answered = time.monotonic()
                 since += self._answered - begun  # while the store stalled, nobody's beat could be seen
                 self._changed.wait(BEAT)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 LOOK = 0.2
-"""Seconds between looks at whether to give up."""
+"""Seconds between looks at whether to give up what is waited for."""
 
 
 class Caller:

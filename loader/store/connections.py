@@ -42,7 +42,7 @@ AS_IT_IS = "!#$%&'()*+,/:;=?@[]~"
 """What is not to be encoded: characters with a meaning in a URL, and those of what is encoded already."""
 
 
-class Place(NamedTuple):
+class Origin(NamedTuple):
     """Where a connection leads."""
 
     tls: bool
@@ -134,7 +134,7 @@ class Connections:
         self._timeout = timeout
         self._closed = False
         self._ways: dict[str, Way] = {}
-        self._idle: dict[tuple[Place, Place | None], deque[tuple[float, HTTPConnection]]] = {}
+        self._idle: dict[tuple[Origin, Origin | None], deque[tuple[float, HTTPConnection]]] = {}
 
     @contextmanager
     def lent(self, url: str) -> Iterator[Lent]:
@@ -172,24 +172,24 @@ class Connections:
     def _way(self, url: str) -> Way:
         try:
             parts = urlsplit(url)
-            place = _place(parts)
+            origin = _origin(parts)
         except ValueError:
             raise Unusable("this is no valid URL") from None
-        proxy, via = _proxy_for(parts.scheme, place)
+        proxy, via = _proxy_for(parts.scheme, origin)
         path = f"{parts.path or '/'}{'?' if parts.query else ''}{parts.query}"
         target = quote(re.sub("%(?![0-9A-Fa-f]{2})", "%25", path), safe=AS_IT_IS)
         headers, allowed = _basic("Authorization", parts), _basic("Proxy-Authorization", proxy)
-        if via and not place.tls:
-            target, headers = f"http://{place.written}{target}", {**headers, **allowed}
-        connect = partial(self._connect, place, via, allowed)
-        return Way(target, headers, connect, self._idle.setdefault((place, via), deque()))
+        if via and not origin.tls:
+            target, headers = f"http://{origin.written}{target}", {**headers, **allowed}
+        connect = partial(self._connect, origin, via, allowed)
+        return Way(target, headers, connect, self._idle.setdefault((origin, via), deque()))
 
-    def _connect(self, place: Place, via: Place | None, allowed: dict[str, str]) -> HTTPConnection:
-        _, host, port = via or place
-        if place.tls:
+    def _connect(self, origin: Origin, via: Origin | None, allowed: dict[str, str]) -> HTTPConnection:
+        _, host, port = via or origin
+        if origin.tls:
             connection: HTTPConnection = HTTPSConnection(host, port, timeout=self._timeout, context=self._trusted)
             if via:
-                connection.set_tunnel(place.host, place.port, allowed)
+                connection.set_tunnel(origin.host, origin.port, allowed)
         else:
             connection = HTTPConnection(host, port, timeout=self._timeout)
         try:
@@ -233,25 +233,25 @@ def _says_something(idle: socket) -> bool:
     return bool(poll.poll(0))
 
 
-def _place(parts: SplitResult) -> Place:
+def _origin(parts: SplitResult) -> Origin:
     """Raises ValueError where the URL leads to none."""
     if parts.scheme not in {"http", "https"} or not parts.hostname or re.search(r"[\x00-\x20\x7f]", parts.hostname):
         raise ValueError(parts)
     tls = parts.scheme == "https"
-    return Place(tls, parts.hostname.encode("idna").decode(), parts.port or (443 if tls else 80))
+    return Origin(tls, parts.hostname.encode("idna").decode(), parts.port or (443 if tls else 80))
 
 
-def _proxy_for(scheme: str, place: Place) -> tuple[SplitResult | None, Place | None]:
+def _proxy_for(scheme: str, origin: Origin) -> tuple[SplitResult | None, Origin | None]:
     """The environment's, if it names one. Raises Unusable for one that is not served."""
-    named = "" if proxy_bypass(place.host) else getproxies().get(scheme, "")
+    named = "" if proxy_bypass(origin.host) else getproxies().get(scheme, "")
     if not named:
         return None, None
     try:
         proxy = urlsplit(named if "://" in named else f"http://{named}")
-        via = _place(proxy)
+        via = _origin(proxy)
     except ValueError:
         raise Unusable(f"what the environment names as the proxy for {scheme}:// is no http:// URL") from None
-    if via.tls or (place.tls and ":" in place.host):  # the library writes such a host so that no proxy reads it
+    if via.tls or (origin.tls and ":" in origin.host):  # the library writes such a host so that no proxy reads it
         raise Unusable("a proxy over TLS, or one to an IPv6 address, is left to read.backend: fsspec")
     return proxy, via
 

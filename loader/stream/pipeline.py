@@ -22,7 +22,7 @@ from torch import Tensor
 from loader.exchange.control import Control
 from loader.exchange.neighbours import Neighbours
 from loader.exchange.transport import Batch, Sent, Transport, Work
-from loader.ground.caller import Caller
+from loader.ground.caller import LOOK, Caller
 from loader.place.landing import Landings
 from loader.plan.catalog import Catalog
 from loader.plan.schedule import Message, Read, Receive, Round, Schedule
@@ -30,9 +30,6 @@ from loader.store.tally import Asked
 from loader.stream.buffers import Buffer, Slot
 from loader.stream.pieces import Pieces
 from loader.stream.stage import Stage
-
-LOOK = 0.2
-"""Seconds between looks at the job's error while waiting for news."""
 
 
 @dataclass(slots=True)

@@ -24,9 +24,10 @@ import loader
 from loader.errors import CatalogError, LoaderError, LostRankError, StoreError
 from loader.exchange import shared
 from loader.exchange.control import Control
+from loader.exchange.inbox import Inbox
 from loader.exchange.neighbours import Neighbours
 from loader.store.store import Store
-from loader.stream import load as load_module
+from loader.stream import connect, watched
 from tests.ranks import run_ranks
 from tests.shards import blank, differences, shard, write_file
 
@@ -75,7 +76,7 @@ def _pass_round(sizes: list[int]) -> list[str]:
         control.agree("taken")
         del view
         neighbours.close()
-        assert not neighbours._told, "what was told is forgotten"
+        assert not neighbours._inbox._told, "what was told is forgotten"
         assert _held() == before, (before, _held())
         return wrong
 
@@ -118,14 +119,14 @@ def _offer_many() -> int:
     """Rank 0 offers more than rank 1's inbox holds, which is not looked into for a while. How many came."""
     many, size = 3000, 16
     with Control.of_group() as control, control.phase("all"):
-        take_in = Neighbours._take_in
+        take_in = Inbox._take_in
 
-        def late(self: Neighbours, data: bytes) -> bool:
-            Neighbours._take_in = take_in
+        def late(self: Inbox, data: bytes) -> bool:
+            Inbox._take_in = take_in
             time.sleep(1)
             return take_in(self, data)
 
-        Neighbours._take_in = late
+        Inbox._take_in = late
         neighbours = _meet(control)
         if control.rank == 0:
             memory = neighbours.allocate(many * size).host
@@ -310,7 +311,7 @@ def _fail_and_load_again(directory: str) -> tuple[float, list[str], list[str]]:
             raise StoreError("nothing there")
         return read(self, *what)
 
-    Store.read, load_module.DRAIN = failing, 90.0  # which would cut short what is looked for here
+    Store.read, watched.DRAIN = failing, 90.0  # which would cut short what is looked for here
     settings = {"range_size": "64KiB", "memory_budget": "64MiB"}
     with pytest.raises(StoreError):
         loader.load(state, directory, **settings)
@@ -333,7 +334,7 @@ def _no_way_to_the_other_node(directory: str) -> list[str]:
         raise RuntimeError("no interface")
 
     if dist.get_rank() == 3:
-        load_module.GlooTransport = refuse
+        connect.GlooTransport = refuse
     state = {"k0": blank(shard(_whole()["k0"], init_device_mesh("cpu", (4,)), [Replicate()]))}
     with pytest.raises(LoaderError, match="no interface"):
         loader.load(state, directory, ignore=[f"k{n}" for n in range(1, 12)])

@@ -21,7 +21,7 @@ from loader.exchange.device import DeviceTransport
 from loader.exchange.gloo import GlooTransport, GlooWork
 from loader.store.store import Store
 from loader.store.tally import Asked
-from loader.stream import load
+from loader.stream import connect, watched
 from tests.checkpoints import random_checkpoint
 from tests.ranks import run_ranks
 from tests.shards import blank, shard
@@ -127,7 +127,7 @@ def test_ranks_connect_when_they_first_talk():
 
 def _left_behind(directory: str) -> tuple[str, bool, set[bool], float]:
     """Rank 0 fails to read, while rank 1 waits for a message for longer than the end of the rounds is waited for."""
-    load.DRAIN = 0.2
+    watched.DRAIN = 0.2
     rank, ended, groups = dist.get_rank(), threading.Event(), set()
     wait, read, isend, irecv = GlooWork.wait, Store.read, dist.isend, dist.irecv
 
@@ -175,7 +175,7 @@ def test_rounds_that_an_error_has_left_behind_keep_to_the_loaders_own_group(tmp_
 
 
 def _without_messages(directory: str) -> int:
-    load.GlooTransport = None
+    connect.GlooTransport = None
     report = loader.load({"weight": torch.zeros(64, 33)}, directory, share="node", range_size="64KiB")
     return report.exchanged_bytes
 
