@@ -1,4 +1,5 @@
-"""A rank's host memory above its own shards stays within the budget, however large the checkpoint and its tensors."""
+"""A rank's memory above its own shards stays within the budget, however large the checkpoint and its tensors: the
+host's, and a device's where there is one."""
 
 from __future__ import annotations
 
@@ -58,6 +59,22 @@ class Peak:
         return sum(int(kilobytes) * 1024 for kilobytes in re.findall(r"Rss(?:Anon|Shmem):\s+(\d+) kB", status))
 
 
+class DevicePeak:
+    """The most that torch gave out on this process's device since the context began, above that at its begin."""
+
+    def __enter__(self):
+        torch.cuda.reset_peak_memory_stats()
+        self._before = torch.cuda.memory_allocated()
+        return self
+
+    def __exit__(self, *_):
+        torch.cuda.synchronize()
+
+    @property
+    def bytes(self) -> int:
+        return torch.cuda.max_memory_allocated() - self._before
+
+
 def _tensor(key: str) -> torch.Tensor:
     """Every element tells its key and place."""
     shape = SHAPES[key]
@@ -66,9 +83,9 @@ def _tensor(key: str) -> torch.Tensor:
 
 
 def _load(
-    uri: str, options: Mapping, layout: str, budget: int, range_size: str = "4MiB"
+    uri: str, options: Mapping, layout: str, budget: int, range_size: str = "4MiB", device: str = "cpu"
 ) -> tuple[list[str], int, Report]:
-    mesh = init_device_mesh("cpu", (4,))
+    mesh = init_device_mesh(device, (4,))
     placement = LAYOUTS[layout]
     state = {}
     for key, shape in SHAPES.items():
@@ -77,12 +94,12 @@ def _load(
             first, stop = _part(shape[placement.dim])
             local[placement.dim] = stop - first
         # Touched before the load, so that all that comes on top is the load's.
-        shard = torch.full(local, -1.0)
+        shard = torch.full(local, -1.0, device=device)
         state[key] = DTensor.from_local(shard, mesh, [placement], run_check=False, shape=shape, stride=(shape[1], 1))
     import_scheme(Access(uri, dict(options), 1, 1.0))
-    with Peak() as peak:
+    with Peak() if device == "cpu" else DevicePeak() as peak:
         report = load(state, uri, storage_options=options, memory_budget=budget, range_size=range_size)
-    wrong = [key for key, each in state.items() if not _right(each.to_local(), _tensor(key), placement)]
+    wrong = [key for key, each in state.items() if not _right(each.to_local().cpu(), _tensor(key), placement)]
     return wrong, peak.bytes, report
 
 
@@ -135,6 +152,15 @@ def test_a_bucket_s_client_is_within_it_too(s3, uri, layout, nodes):
 @pytest.mark.parametrize("nodes", NODES)
 def test_what_small_ranges_take_beside_their_bytes_is_within_it(s3, uri, nodes):
     _check(uri, s3.storage_options, "replicated", 2 * WITH_CLIENT, "64KiB", nodes=nodes)
+
+
+if torch.cuda.is_available():
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_the_peak_on_a_device_is_within_it_too(directory, layout):
+        for wrong, peak, _ in run_ranks(4, _load, str(directory), {}, layout, BUDGET, "4MiB", "cuda"):
+            assert wrong == []
+            assert peak <= BUDGET
 
 
 def _refused(uri: str, options: Mapping) -> str:
