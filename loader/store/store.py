@@ -177,8 +177,9 @@ class Store:
         threading.Thread(target=prepare, name="loader-prepare", daemon=True).start()
 
     def begin(self, size: int) -> None:
-        """From here on it is the checkpoint's ranges that are read, of `size` bytes together: how many at once pay is
-        found anew."""
+        """From here on it is the checkpoint's ranges that are read, of `size` bytes together: how many at once pay, and
+        how long they take, is found anew."""
+        self._patience = Patience()
         self.expect(size)
         self._flow.begin()
 

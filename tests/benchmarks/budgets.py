@@ -38,7 +38,7 @@ def main() -> None:
     first: dict[str, float] = {}
     with s3_server() as server, CountingProxy(server.endpoint) as proxy:
         for budget in given.budget:
-            benchmark = Benchmark(server, proxy, given.times * budget, given.ranks, given.nodes, budget)
+            benchmark = Benchmark(server, proxy, given.times * budget, given.ranks, budget, given.nodes)
             with benchmark.checkpoint() as directory:
                 for mesh in given.mesh:
                     benchmark.count(CONTENDER, mesh, directory)

@@ -178,7 +178,9 @@ Runs = Sequence[list[Measured]]
 class Benchmark:
     """A checkpoint on a server, for loading again and again."""
 
-    def __init__(self, server: S3Server, proxy: CountingProxy, size: int, ranks: int, nodes: int, budget: int) -> None:
+    def __init__(
+        self, server: S3Server, proxy: CountingProxy, size: int, ranks: int, budget: int, nodes: int = 1
+    ) -> None:
         self.server, self.proxy, self.ranks, self.nodes, self.budget = server, proxy, ranks, nodes, budget
         self.shapes = llama_shapes(size)
         self.uri = server.prefix()
@@ -258,7 +260,7 @@ def main() -> None:
     parser.add_argument("--budget", type=parse_bytes, default="128MiB", help="memory for each rank above its shards")
     given = parser.parse_args()
     with s3_server() as server, CountingProxy(server.endpoint) as proxy:
-        benchmark = Benchmark(server, proxy, given.size, given.ranks, given.nodes, given.budget)
+        benchmark = Benchmark(server, proxy, given.size, given.ranks, given.budget, given.nodes)
         run_all(benchmark, given.mesh or ["fsdp", "hsdp", "tp"], given.contenders, given.repeats)
 
 
