@@ -12,5 +12,5 @@ def test_the_peak_above_the_shards_stays_within_each_budget(where):
     table = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     shares = {int(words[0]): float(words[4]) for words in map(str.split, table.splitlines()[1:])}
     assert shares.keys() == {48, 96}
-    assert min(shares.values()) > 0.3
+    assert min(shares.values()) > 0.1  # of ranges that were under way
     assert max(shares.values()) <= 1
