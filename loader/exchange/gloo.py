@@ -46,6 +46,10 @@ class GlooWork:
             raise corrupted(what(), memory.numel(), self._peer, "CRC-32C", sent, found)
 
 
+_HELLO = (1 << 31) - 1
+"""The tag of what partners first send each other: the largest, which no message has."""
+
+
 def _options(timeout: float) -> Any:
     """Ranks connect when they first talk: a mesh of thousands would take a socket each for all of them. `timeout` is in
     seconds. Network interfaces are those of GLOO_SOCKET_IFNAME, as for the groups that torch makes."""
@@ -68,10 +72,27 @@ class GlooTransport:
 
     on_device = False
 
-    def __init__(self, store: Store, rank: int, world_size: int, timeout: float) -> None:
-        """`store` is the load's own. `timeout` (seconds) bounds a single transfer: longer than the load may take, since
-        a wait that times out leaves gloo's connections unusable."""
+    def __init__(self, store: Store, rank: int, world_size: int, timeout: float, partners: Sequence[int]) -> None:
+        """`store` is the load's own. With `partners`, ascending, messages will be exchanged: each of them names this
+        rank too. `timeout` (seconds) bounds a single transfer: longer than the load may take, since a wait that times
+        out leaves gloo's connections unusable."""
         self._group: Any = dist.ProcessGroupGloo(store, rank, world_size, _options(timeout))
+        self._meet(partners)
+
+    def _meet(self, partners: Sequence[int]) -> None:
+        """Connect with them. Of two ranks one dials, and the other's first message waits until it has: in the midst of
+        rounds three could wait for each other. In ascending order the lowest pair that is left has both its ranks."""
+        memory, works = torch.zeros(2, dtype=torch.uint8), []
+        for peer in partners:
+            with connected(peer):
+                works += [
+                    (peer, dist.isend(memory[:1], group=self._group, group_dst=peer, tag=_HELLO)),
+                    (peer, dist.irecv(memory[1:], group=self._group, group_src=peer, tag=_HELLO)),
+                ]
+        for peer, work in works:
+            assert work is not None, "every rank is in the group"
+            with connected(peer):
+                work.wait()
 
     def batch(self) -> Batch:
         return self

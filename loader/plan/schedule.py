@@ -9,6 +9,7 @@ import operator
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -105,6 +106,26 @@ class Schedule:
     def read_bytes(self) -> int:
         return int((self.plan.stop - self.plan.start)[self._reads].sum())
 
+    def partners(self) -> list[int]:
+        """The ranks that this one sends to, or receives from, and perhaps a few more; each of them has this one among
+        its own."""
+        starts = _place(self.plan.file, self.plan.start)[self._reads].tolist()
+        ends = _place(self.plan.file, self.plan.stop)[self._reads].tolist()
+
+        def reads_for(needs: dict[int, tuple[Box, ...]]) -> bool:
+            spans = (self._span(key, box) for key, boxes in needs.items() for box in boxes)
+            return any(bisect_right(ends, first) < bisect_left(starts, stop) for first, stop in spans)
+
+        consumers = (self._others[number] for number, needs in enumerate(self._needs_here) if reads_for(needs))
+        readers = np.unique(self.plan.reader[self._consumed]).tolist()
+        return sorted({*readers, *chain.from_iterable(consumers)} - {self.rank})
+
+    def _span(self, key: int, box: Box) -> tuple[int, int]:
+        """The places between which a box of a key stands."""
+        at, item = int(self._by_place.place[key]), int(self._by_place.item[key])
+        first, stop = flat_span(self.entries[key].shape, box)
+        return at + first * item, at + stop * item
+
     def round(self, number: int) -> Round:
         plan = self.plan
         result = Round(number)
@@ -162,7 +183,7 @@ class Schedule:
 
     def _extents_of(self, needs: Needs) -> Ints:
         """The extents that `needs` touch, ascending. A superset: a column box spans rows it does not fill."""
-        place = _place(self.plan.file, self.plan.start)
+        starts, ends = (_place(self.plan.file, byte) for byte in (self.plan.start, self.plan.stop))
         found = []
         for group in needs.groups:
             shape = self.entries[int(group.keys[0])].shape
@@ -170,8 +191,8 @@ class Schedule:
             item = self._by_place.item[group.keys]  # a group's keys have one shape, not one dtype
             for box in group.boxes:
                 first, stop = flat_span(shape, box)
-                low = np.searchsorted(place, at + first * item, side="right") - 1
-                high = np.searchsorted(place, at + stop * item, side="left")
+                low = np.searchsorted(ends, at + first * item, side="right")
+                high = np.searchsorted(starts, at + stop * item, side="left")
                 found += [np.arange(a, b) for a, b in set(zip(low.tolist(), high.tolist(), strict=True))]
         return np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
 

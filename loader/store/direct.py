@@ -133,8 +133,8 @@ class Direct:
     def _refusal(self, reply: HTTPResponse) -> Exception | None:
         try:
             body = reply.read(ERROR_BYTES)
-        except (HTTPException, OSError) as error:
-            return Transient(told(error))
+        except (HTTPException, OSError, Transient):  # the status says enough
+            body = b""
         refused = self._scheme.refusal(reply.status, reply.reason or "", body)
         if isinstance(refused, Transient):
             refused.retry_after = asked_wait(reply.headers.get("Retry-After"))

@@ -14,7 +14,6 @@ from loader.exchange.device import DeviceTransport
 from loader.exchange.gloo import GlooTransport
 from loader.exchange.neighbours import Neighbours
 from loader.exchange.transport import Transport
-from loader.plan.plan import Share
 from loader.stream.planning import differs_on_all_ranks, on_any_rank
 from loader.stream.watched import watched
 
@@ -32,31 +31,27 @@ class Ways(NamedTuple):
 @contextmanager
 def connected(
     control: Control,
-    share: Share,
+    partners: Sequence[int],
     on_node: Sequence[int],
     timeout: float,
     device: torch.device | None,
     *,
     in_host_memory: bool,
 ) -> Iterator[Ways]:
-    """A rank alone, or for itself, needs none; those `on_node` share memory where all of them have their shards
-    `in_host_memory`; where any rank has others to send to, all ranks of the job make a transport together: on their
-    `device`, where each has one. It is closed by the thread that uses it (see `leaving`); `timeout` (seconds) is for
-    one of its messages. Collective.
+    """With those that this rank exchanges bytes with, its `partners`: those `on_node` share memory where all of them
+    have their shards `in_host_memory`; where any rank has other partners, all ranks of the job make a transport
+    together: on their `device`, where each has one. It is closed by the thread that uses it (see `leaving`); `timeout`
+    (seconds) is for one of its messages. Collective.
     """
-    if control.world_size == 1 or share == "none":
-        yield Ways(None, None)
-        return
     made: list[Transport] = []
     with ExitStack() as ways:
         with control.phase("connect"):
             neighbours = Neighbours.meet(control, on_node, willing=in_host_memory)
-            near = {control.rank} if neighbours is None else {control.rank, *neighbours.ranks}
+            far = [rank for rank in partners if neighbours is None or rank not in neighbours.ranks]
             if neighbours is not None:
                 ways.callback(neighbours.close)
-            sharing = on_node if share == "node" else range(control.world_size)
-            if on_any_rank(control, "messages", not near.issuperset(sharing)):
-                make = _transport_of(control, timeout, device)
+            if on_any_rank(control, "messages", bool(far)):
+                make = _transport_of(control, far, timeout, device)
                 watched(lambda: made.append(make()), control, "loader-connect")
         yield Ways(made[0] if made else None, neighbours)
 
@@ -66,16 +61,21 @@ def leaving(transport: Transport | None, control: Control) -> Iterator[None]:
     """Close the transport after its use. After a lost rank it stays as it is, for closing it would wait."""
     try:
         yield
+    except BaseException as error:
+        control.fail(error)  # first: with others' messages under way, closing may wait for these
+        raise
     finally:
         if transport is not None:
             _LEFT.append(transport) if isinstance(control.error, LostRankError) else transport.close()
 
 
-def _transport_of(control: Control, timeout: float, device: torch.device | None) -> Callable[[], Transport]:
+def _transport_of(
+    control: Control, partners: Sequence[int], timeout: float, device: torch.device | None
+) -> Callable[[], Transport]:
     """Where every rank of the default group has its shards on a CUDA `device` of its own, from device to device."""
     if differs_on_all_ranks(control, "device", _identity(device)) and control.of_all and device is not None:
         return lambda: DeviceTransport(timeout, device)
-    return lambda: GlooTransport(control.base, control.rank, control.world_size, timeout)
+    return lambda: GlooTransport(control.base, control.rank, control.world_size, timeout, partners)
 
 
 def _identity(device: torch.device | None) -> str | None:

@@ -90,8 +90,8 @@ def fill(
     read_range = _reader(catalog, store, checks, control.recorder)
     loop_before = loop_seconds()
     stage, device = stage_for(shards), cuda_device(shards)
-    timeout = 2 * manner.deadline
-    with connected(control, manner.share, planned.on_node, timeout, device, in_host_memory=stage.on_host) as ways:
+    partners, timeout = schedule.partners(), 2 * manner.deadline
+    with connected(control, partners, planned.on_node, timeout, device, in_host_memory=stage.on_host) as ways:
         pipeline = Pipeline(
             schedule,
             catalog,

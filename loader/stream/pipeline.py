@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
@@ -243,20 +243,26 @@ class Pipeline:
     def _end(self, flight: _Open) -> None:
         """Wait for what is sent and for what a device has been given to do, and give the round's memory free."""
         try:
-            with self._failing(), ExitStack() as ends:
-                ends.callback(self._settle, flight)  # also after an error: a device may be at work on the memory
-                with self._recorder.span("exchange", sent_round=flight.round.number), self._stage.writing():
-                    for work in (*flight.sends, *flight.offers):  # after an error only messages come to their end
-                        work.wait()
+            with (
+                self._failing(),
+                self._recorder.span("exchange", sent_round=flight.round.number),
+                self._stage.writing(),
+            ):
+                for work in (*flight.sends, *flight.offers):  # after an error only messages come to their end
+                    work.wait()
+        finally:
+            self._settle(flight)  # also after an error: a device may be at work on the memory
+
+    def _settle(self, flight: _Open) -> None:
+        try:
+            with self._failing():
+                with self._recorder.span("upload", round=flight.round.number):
+                    self._stage.arrive()
+                with self._recorder.span("exchange" if self._on_device else "write", bytes=0):
+                    self._stage.settle()
         finally:
             flight.done.set_result(None)
             self._news.put(None)
-
-    def _settle(self, flight: _Open) -> None:
-        with self._recorder.span("upload", round=flight.round.number):
-            self._stage.arrive()
-        with self._recorder.span("exchange" if self._on_device else "write", bytes=0):
-            self._stage.settle()
 
     def _payload(self, message: Message, memory: Tensor, slot: Slot, *, arrived: bool) -> Tensor:
         """The message's bytes: a view of the extent where they are one run of it, else packed."""

@@ -32,7 +32,7 @@ SIZE = 1 << 20
 def _messages(size: int, flipped: int | None, device: bool) -> str | None:
     """Rank 0 sends two messages to ranks 1 and 2; a bit of the second flips on its way to rank 2."""
     rank, store = dist.get_rank(), PrefixStore("here", dist.distributed_c10d._get_default_store())
-    transport = DeviceTransport(30, torch.device("cpu")) if device else GlooTransport(store, rank, 3, 30)
+    transport = DeviceTransport(30, torch.device("cpu")) if device else GlooTransport(store, rank, 3, 30, _others(3))
     batch = transport.batch()
     sent = [torch.arange(size, dtype=torch.uint8) + number for number in range(2)]
     said = None
@@ -95,20 +95,15 @@ def test_a_load_ends_on_every_rank_with_the_key_the_file_and_the_rank(tmp_path):
     assert " of model.safetensors: a message of " in told.pop()
 
 
-def _connect() -> tuple[int, int]:
+def _connect() -> int:
     os.environ.pop("TORCH_GLOO_LAZY_INIT", None)  # a trainer's group may have its mesh
     rank, world_size = dist.get_rank(), dist.get_world_size()
     store = PrefixStore("here", dist.distributed_c10d._get_default_store())
     found = [_sockets()]
-    transport = GlooTransport(store, rank, world_size, 30)
-    found.append(_sockets())
-    if rank < 2:
-        memory = torch.zeros(8, dtype=torch.uint8)
-        (transport.send(0, memory, [1])[0] if rank == 0 else transport.receive(0, memory, 0)).wait()
-    dist.barrier()
+    transport = GlooTransport(store, rank, world_size, 30, [1 - rank] if rank < 2 else [])
     found.append(_sockets())
     transport.close()
-    return found[1] - found[0], found[2] - found[1]
+    return found[1] - found[0]
 
 
 def _sockets() -> int:
@@ -120,9 +115,31 @@ def _sockets() -> int:
     return sum(kind(path).startswith("socket") for path in Path("/proc/self/fd").iterdir())
 
 
-def test_ranks_connect_when_they_first_talk():
-    """A listener each, at first; and to those alone with whom there are messages."""
-    assert run_ranks(5, _connect) == [(1, 1), (1, 1), (1, 0), (1, 0), (1, 0)]
+def test_ranks_connect_with_their_partners_alone():
+    """Beside a listener each."""
+    assert run_ranks(5, _connect) == [2, 2, 1, 1, 1]
+
+
+def _in_a_circle() -> bool:
+    """Each waits for one message before it sends its own: where two connected only then, one of them could not go on
+    to what a third waits for."""
+    rank, store = dist.get_rank(), PrefixStore("here", dist.distributed_c10d._get_default_store())
+    transport = GlooTransport(store, rank, 3, 120, _others(3))
+    memory, sent = torch.zeros(8, dtype=torch.uint8), torch.full((8,), rank, dtype=torch.uint8)
+    coming = transport.receive(0, memory, (rank + 1) % 3)
+    dist.barrier()  # all have asked for theirs
+    for work in (*transport.send(0, sent, [(rank - 1) % 3]), coming):
+        work.wait()
+    transport.close()
+    return bool((memory == (rank + 1) % 3).all())
+
+
+def test_a_message_is_asked_for_without_a_wait():
+    assert run_ranks(3, _in_a_circle) == [True] * 3
+
+
+def _others(world_size: int) -> list[int]:
+    return [rank for rank in range(world_size) if rank != dist.get_rank()]
 
 
 def _left_behind(directory: str) -> tuple[str, bool, set[bool], float]:

@@ -146,6 +146,8 @@ class Rank:
 def exchange(plan, entries, files):
     """Run every round of every rank as `stream.pipeline` does. `files` are arrays of bytes."""
     schedules = [Schedule(plan, entries, rank) for rank in sorted(plan.classes.ranks.tolist())]
+    partners = {(schedule.rank, other) for schedule in schedules for other in schedule.partners()}
+    assert partners == {(other, rank) for rank, other in partners}, "of two ranks one waits for the other's hello"
     ranks = [
         Rank(
             {key: np.zeros((*e.shape, e.dtype.itemsize), np.uint8) for key, e in enumerate(entries)},
@@ -172,6 +174,7 @@ def exchange(plan, entries, files):
             rank.round_bytes = max(rank.round_bytes, cost)
         for me, (todo, rank) in enumerate(zip(rounds, ranks, strict=True)):
             for receive in todo.receives:
+                assert (receive.sender, me) in partners
                 message, payload = sent[receive.sender, me].pop(0)
                 assert message == receive.message
                 _land(rank, entries, message, payload)
