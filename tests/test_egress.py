@@ -134,7 +134,7 @@ def _load(uri: str, options: Sequence[Mapping], layout: str, keys: Sequence[str]
     send, take = dist.isend, Pipeline._take
 
     def counted(tensor: torch.Tensor, *, group_dst: int, **rest: Any) -> Any:
-        sent[group_dst] += tensor.nbytes if tensor.dtype is torch.uint8 else 0  # else it is a message's CRC
+        sent[group_dst] += tensor.nbytes if tensor.dtype is torch.uint8 else 0  # else it is a CRC, or a hello
         return send(tensor, group_dst=group_dst, **rest)
 
     def counted_too(self: Pipeline, receive: Receive) -> None:

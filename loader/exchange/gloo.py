@@ -82,7 +82,7 @@ class GlooTransport:
     def _meet(self, partners: Sequence[int]) -> None:
         """Connect with them. Of two ranks one dials, and the other's first message waits until it has: in the midst of
         rounds three could wait for each other. In ascending order the lowest pair that is left has both its ranks."""
-        memory, works = torch.zeros(2, dtype=torch.uint8), []
+        memory, works = torch.zeros(2, dtype=torch.int64), []
         for peer in partners:
             with connected(peer):
                 works += [
