@@ -14,6 +14,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]  # the stubs h
 
 from loader.exchange.transport import Batch, Work, connected, corrupted
 from loader.ground.crc import crc
+from loader.ground.files import make_room
 
 
 def crc32c(memory: Tensor) -> int:
@@ -75,7 +76,8 @@ class GlooTransport:
     def __init__(self, store: Store, rank: int, world_size: int, timeout: float, partners: Sequence[int]) -> None:
         """`store` is the load's own. With `partners`, ascending, messages will be exchanged: each of them names this
         rank too. `timeout` (seconds) bounds a single transfer: longer than the load may take, since a wait that times
-        out leaves gloo's connections unusable."""
+        out leaves gloo's connections unusable. Raises UserError where this process may not open as many sockets."""
+        make_room(len(partners), f"to exchange bytes with as many ranks, rank {rank} needs")
         self._group: Any = dist.ProcessGroupGloo(store, rank, world_size, _options(timeout))
         self._meet(partners)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import resource
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard
 
 import loader
-from loader.errors import CorruptionError, StoreError
+from loader.errors import CorruptionError, StoreError, UserError
 from loader.exchange.device import DeviceTransport
 from loader.exchange.gloo import GlooTransport, GlooWork
 from loader.store.store import Store
@@ -118,6 +120,31 @@ def _sockets() -> int:
 def test_ranks_connect_with_their_partners_alone():
     """Beside a listener each."""
     assert run_ranks(5, _connect) == [2, 2, 1, 1, 1]
+
+
+def _with_files(most: int, allowed: int, directory: str) -> tuple[int, int]:
+    """What a soft limit of `most` files beyond those that are open is after a load, and a hard one of `allowed`."""
+    opened = sum(1 for _ in Path("/proc/self/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + most, opened + allowed))
+    loader.load({"weight": torch.zeros(64, 33)}, directory, share="world", range_size="64KiB")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return soft - opened, hard - opened
+
+
+def test_a_rank_lets_itself_open_a_socket_for_each_partner(tmp_path):
+    random_checkpoint(tmp_path, {"weight": (torch.float32, (64, 33))})
+    for soft, hard in run_ranks(3, _with_files, 100, 2_000, str(tmp_path), nodes=3):
+        assert 256 < soft < 500
+        assert hard == 2_000
+
+
+def test_who_may_not_open_as_many_says_what_to_raise(tmp_path):
+    random_checkpoint(tmp_path, {"weight": (torch.float32, (64, 33))})
+    found = run_ranks(3, _with_files, 100, 250, str(tmp_path), nodes=3, outcomes=True)
+    assert [type(each.error) for each in found] == [UserError] * 3, found
+    told = {str(each.error) for each in found}
+    assert len(told) == 1
+    assert re.search(r"rank [012] needs 2 sockets, .* \(ulimit -Hn\) are \d+: raise that for the job", told.pop())
 
 
 def _in_a_circle() -> bool:
