@@ -51,17 +51,29 @@ _HELLO = (1 << 31) - 1
 """The tag of what partners first send each other: the largest, which no message has."""
 
 
+_OF: Any = dist.ProcessGroupGloo
+"""Of which the stubs know neither devices nor options."""
+
+
 def _options(timeout: float) -> Any:
     """Ranks connect when they first talk: a mesh of thousands would take a socket each for all of them. `timeout` is in
-    seconds. Network interfaces are those of GLOO_SOCKET_IFNAME, as for the groups that torch makes."""
-    names = filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(","))
-    of: Any = dist.ProcessGroupGloo  # the stubs know no options
-    devices = [of.create_device(interface=name, lazy_init=True) for name in names]
-    options = of._Options()  # noqa: SLF001 - the only way in
-    options._devices = devices or [of.create_default_device(lazy_init=True)]  # noqa: SLF001
+    seconds."""
+    try:
+        devices = _devices(lazy=True)
+    except RuntimeError:  # over TLS, and on macOS, gloo has nothing but the mesh
+        devices = _devices(lazy=False)
+    options = _OF._Options()  # noqa: SLF001 - the only way in
+    options._devices = devices  # noqa: SLF001
     options._timeout = timedelta(seconds=timeout)  # noqa: SLF001
-    options._threads = 2 * len(options._devices)  # noqa: SLF001
+    options._threads = 2 * len(devices)  # noqa: SLF001
     return options
+
+
+def _devices(*, lazy: bool) -> list[Any]:
+    """For the network interfaces of GLOO_SOCKET_IFNAME, as for the groups that torch makes."""
+    names = filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(","))
+    named = [_OF.create_device(interface=name, lazy_init=lazy) for name in names]
+    return named or [_OF.create_default_device(lazy_init=lazy)]
 
 
 class GlooTransport:
@@ -78,7 +90,7 @@ class GlooTransport:
         rank too. `timeout` (seconds) bounds a single transfer: longer than the load may take, since a wait that times
         out leaves gloo's connections unusable. Raises UserError where this process may not open as many sockets."""
         make_room(len(partners), f"to exchange bytes with as many ranks, rank {rank} needs")
-        self._group: Any = dist.ProcessGroupGloo(store, rank, world_size, _options(timeout))
+        self._group: Any = _OF(store, rank, world_size, _options(timeout))
         self._meet(partners)
 
     def _meet(self, partners: Sequence[int]) -> None:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import Replicate, Shard
 
 import loader
 from loader.errors import CorruptionError, StoreError, UserError
+from loader.exchange import gloo
 from loader.exchange.device import DeviceTransport
 from loader.exchange.gloo import GlooTransport, GlooWork
 from loader.store.store import Store
@@ -120,6 +121,24 @@ def _sockets() -> int:
 def test_ranks_connect_with_their_partners_alone():
     """Beside a listener each."""
     assert run_ranks(5, _connect) == [2, 2, 1, 1, 1]
+
+
+def _in_a_mesh(directory: str) -> int:
+    devices = gloo._devices
+
+    def no_others(*, lazy: bool) -> list[Any]:
+        if lazy:
+            raise RuntimeError("this transport does not support lazy init")
+        return devices(lazy=lazy)
+
+    gloo._devices = no_others
+    return loader.load({"weight": torch.zeros(64, 33)}, directory, share="world", range_size="64KiB").exchanged_bytes
+
+
+def test_where_gloo_connects_all_with_all_at_once_it_does(tmp_path):
+    """Over TLS, and on macOS."""
+    random_checkpoint(tmp_path, {"weight": (torch.float32, (64, 33))})
+    assert run_ranks(3, _in_a_mesh, str(tmp_path), nodes=3) == [2 * 64 * 33 * 4] * 3
 
 
 def _with_files(most: int, allowed: int, directory: str) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """The plan's promises, over random jobs and over the meshes that people use."""
 
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from loader.plan.extents import GAP_BYTES, Limits
 from loader.plan.geometry import Box
 from loader.plan.needs import Classes
 from loader.plan.plan import make_plan
+from loader.stream.planning import pack
 from tests.plan.worlds import Job, exchange, jobs, lay_out, mesh_job
 
 KiB, MiB = 1024, 1024 * 1024
@@ -188,6 +190,27 @@ def test_a_plan_that_cannot_fit_tells_what_would():
         plan_of(job, Limits(16, 7, 2))
 
 
+@prove
+@given(jobs(), limits)
+def test_a_plan_arrives_as_it_was_made(job, limits):
+    plan = plan_of(job, limits)
+    arrived = pickle.loads(pickle.dumps(plan))
+    for column in ("file", "start", "stop", "reader", "round"):
+        assert getattr(arrived, column).tolist() == getattr(plan, column).tolist()
+        assert getattr(arrived, column).dtype == np.int64
+    assert arrived.needed_bytes == plan.needed_bytes
+    assert [each.digest for each in arrived.classes.needs] == [each.digest for each in plan.classes.needs]
+
+
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+def test_ranks_are_told_an_extent_in_half_a_byte(mesh):
+    job = mesh_job(lay_out([(512, 512)] * 1024), *mesh)
+    plan = plan_of(job, Limits(32 * KiB, 100 * MiB, 4))
+    assert len(plan.start) > 10_000
+    assert len(pack(plan)) - len(pack(plan.classes)) < len(plan.start) / 2
+
+
 def test_nothing_needed_is_an_empty_plan():
     plan = plan_of(Job(lay_out([(4,), (0, 3)]), ((), ((1, Box((0, 0), (0, 3))),))), Limits(16, 200, 2))
+    assert len(pickle.loads(pickle.dumps(plan)).start) == 0
     assert (plan.rounds, plan.read_bytes, plan.needed_bytes) == (0, 0, 0)
