@@ -10,8 +10,8 @@ import itertools
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
-from weakref import WeakValueDictionary
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary, finalize
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ import numpy.typing as npt
 from loader.plan.geometry import Box, disjoint
 
 Ints = npt.NDArray[np.int64]
+Steps = npt.NDArray[np.unsignedinteger[Any]]
 Shape = tuple[int, ...]
 D = TypeVar("D", bound=Hashable)
 
@@ -27,21 +28,37 @@ D = TypeVar("D", bound=Hashable)
 class NeedGroup:
     """Keys of one shape that need the same boxes. `keys` are positions in the catalog, ascending.
 
-    Thousands of ranks need the same keys in other boxes: groups that arrive from other ranks share their arrays.
+    Thousands of ranks need the same keys in other boxes: groups that arrive from other ranks share their arrays. What
+    is sent are the steps between keys, of a byte or two each.
     """
 
     keys: Ints
     boxes: tuple[Box, ...]
 
-    def __reduce__(self) -> tuple[Callable[..., NeedGroup], tuple[Ints, tuple[Box, ...]]]:
-        return _arrived, (self.keys, self.boxes)
+    def __reduce__(self) -> tuple[Callable[..., NeedGroup], tuple[Steps, tuple[Box, ...]]]:
+        return _arrived, (_steps_of(self.keys), self.boxes)
 
 
-_known_keys: WeakValueDictionary[bytes, Ints] = WeakValueDictionary()
+_known_steps: dict[int, Steps] = {}
+"""Of the arrays of keys that have been sent, by their ids: what groups share is sent once only as one object."""
+_known_keys: WeakValueDictionary[tuple[str, bytes], Ints] = WeakValueDictionary()
 
 
-def _arrived(keys: Ints, boxes: tuple[Box, ...]) -> NeedGroup:
-    return NeedGroup(_known_keys.setdefault(hashlib.sha256(keys.tobytes()).digest(), keys), boxes)
+def _steps_of(keys: Ints) -> Steps:
+    """From key to key, the first from 0: 3, 1, 250 for keys 3, 4 and 254."""
+    if id(keys) not in _known_steps:
+        steps = np.diff(keys, prepend=0)
+        _known_steps[id(keys)] = steps.astype(np.min_scalar_type(steps.max()))
+        finalize(keys, _known_steps.pop, id(keys)).atexit = False
+    return _known_steps[id(keys)]
+
+
+def _arrived(steps: Steps, boxes: tuple[Box, ...]) -> NeedGroup:
+    number = steps.dtype.char, hashlib.sha256(steps.data).digest()
+    keys = _known_keys.get(number)
+    if keys is None:
+        keys = _known_keys.setdefault(number, np.cumsum(steps, dtype=np.int64))
+    return NeedGroup(keys, boxes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,9 @@ from loader.errors import MemoryBudgetError
 from loader.plan.catalog import Entry
 from loader.plan.extents import GAP_BYTES, Limits
 from loader.plan.geometry import Box
-from loader.plan.needs import Classes
+from loader.plan.needs import Classes, NeedGroup, Needs
 from loader.plan.plan import make_plan
-from loader.stream.planning import pack
+from loader.stream.planning import pack, unpack
 from tests.plan.worlds import Job, exchange, jobs, lay_out, mesh_job
 
 KiB, MiB = 1024, 1024 * 1024
@@ -208,6 +208,19 @@ def test_ranks_are_told_an_extent_in_half_a_byte(mesh):
     plan = plan_of(job, Limits(32 * KiB, 100 * MiB, 4))
     assert len(plan.start) > 10_000
     assert len(pack(plan)) - len(pack(plan.classes)) < len(plan.start) / 2
+
+
+@pytest.mark.parametrize("keys", [[0], [7], [0, 1, 300], [5, 70_000, 70_001], range(3, 90_000, 2)], ids=str)
+def test_needs_arrive_as_they_were_told_and_share_their_keys(keys):
+    """One rank's keys of thousands are what others need too, in other boxes."""
+    told = [Needs((NeedGroup(np.array(keys, np.int64), (Box((rank,), (1,)),)),)) for rank in range(8)]
+    arrived = [unpack(pack(each)) for each in told]
+    assert [each.groups[0].keys.tolist() for each in arrived] == [list(keys)] * 8
+    assert [each.groups[0].boxes for each in arrived] == [each.groups[0].boxes for each in told]
+    assert [each.digest for each in arrived] == [each.digest for each in told]
+    assert len({id(each.groups[0].keys) for each in arrived}) == 1
+    assert len(pack(told[0])) < 500
+    assert len(pack(arrived)) < 700
 
 
 def test_nothing_needed_is_an_empty_plan():
