@@ -89,7 +89,7 @@ class GlooTransport:
         """`store` is the load's own. With `partners`, ascending, messages will be exchanged: each of them names this
         rank too. `timeout` (seconds) bounds a single transfer: longer than the load may take, since a wait that times
         out leaves gloo's connections unusable. Raises UserError where this process may not open as many sockets."""
-        make_room(len(partners), f"to exchange bytes with as many ranks, rank {rank} needs")
+        make_room(len(partners), f"rank {rank} connects with each rank that it exchanges bytes with")
         self._group: Any = _OF(store, rank, world_size, _options(timeout))
         self._meet(partners)
 

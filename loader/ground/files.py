@@ -12,8 +12,8 @@ _OTHERS = 256
 
 
 def make_room(sockets: int, why: str) -> None:
-    """Let this process open so many more: its soft limit, often 1,024, is raised as far as it must be. `why` begins the
-    sentence of the error. Raises UserError where the hard limit does not let.
+    """Let this process open so many more: its soft limit, often 1,024, is raised as far as it must be. Where the hard
+    limit does not let, raises UserError, which begins with `why`.
 
     With 40 files open, 2,159 sockets need a limit of 40 + 2,159 + 256 = 2,455.
     """
@@ -23,7 +23,7 @@ def make_room(sockets: int, why: str) -> None:
         return
     if hard != resource.RLIM_INFINITY and needed > hard:
         raise UserError(
-            f"{why} {sockets} sockets, for which this process would have to open {needed} files; the most it may open "
-            f"(ulimit -Hn) are {hard}: raise that for the job"
+            f"{why}, for which its process is to have {needed} files open, {sockets} of them new sockets: "
+            f"it may have {hard} (ulimit -Hn); raise that for the job"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
