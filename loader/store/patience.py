@@ -20,8 +20,9 @@ KNOWN = 8
 SLOW = 0.9
 """Of the reads, as many are not slow: the slowest tenth may have been late themselves."""
 
-TIMES = 4.0
-"""A read that has been silent for so many times what a slow one takes in all is late."""
+TIMES = 2.0
+"""A read that has been silent for so many times what a slow one takes in all is late. What is waited beyond is lost at
+the end of a load, and where each round in flight has a read that stalls."""
 
 LEAST = 0.5
 """Seconds that any read may be silent: a new connection and a bucket's first byte take less than a third of that."""
@@ -54,7 +55,7 @@ class Patience:
     def seconds(self) -> float:
         """How long a read may be silent: for ever, while nothing is known.
 
-        Of 64 reads of 0.1 to 0.2 s: 0.8 s. Of as many of 10 ms: 0.5 s.
+        Of 64 reads of 0.3 to 0.4 s: 0.8 s. Of as many of 10 ms: 0.5 s.
         """
         with self._lock:
             if len(self._took) < KNOWN:
