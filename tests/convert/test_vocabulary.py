@@ -61,7 +61,8 @@ def load(directory: Path, rows: int, builder: str, convert: str | None, vocabula
     fields = json.loads((directory / "config.json").read_text())
     made = dict(to_torchtitan(tensors, config_of(fields))) if convert else tensors
     EXPECTED = resized(made, rows)
-    if builder == "transformers":  # which builds what the config says
+    torch.distributed.barrier()  # both have read it
+    if builder == "transformers" and torch.distributed.get_rank() == 0:  # which builds what the config says
         (directory / "config.json").write_text(json.dumps({**fields, "vocab_size": rows}))
     config = {"source": {"uri": str(directory)}, "model": {"builder": builder, "vocabulary": vocabulary},
               "convert": convert, "mesh": {"dp_shard": WORLD}, "report": None,
