@@ -51,7 +51,7 @@ _HELLO = (1 << 31) - 1
 """The tag of what partners first send each other: the largest, which no message has."""
 
 
-_OF: Any = dist.ProcessGroupGloo
+_GLOO: Any = dist.ProcessGroupGloo
 """Of which the stubs know neither devices nor options."""
 
 
@@ -62,7 +62,7 @@ def _options(timeout: float) -> Any:
         devices = _devices(lazy=True)
     except RuntimeError:  # over TLS, and on macOS, gloo has nothing but the mesh
         devices = _devices(lazy=False)
-    options = _OF._Options()  # noqa: SLF001 - the only way in
+    options = _GLOO._Options()  # noqa: SLF001 - the only way in
     options._devices = devices  # noqa: SLF001
     options._timeout = timedelta(seconds=timeout)  # noqa: SLF001
     options._threads = 2 * len(devices)  # noqa: SLF001
@@ -72,8 +72,8 @@ def _options(timeout: float) -> Any:
 def _devices(*, lazy: bool) -> list[Any]:
     """For the network interfaces of GLOO_SOCKET_IFNAME, as for the groups that torch makes."""
     names = filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(","))
-    named = [_OF.create_device(interface=name, lazy_init=lazy) for name in names]
-    return named or [_OF.create_default_device(lazy_init=lazy)]
+    named = [_GLOO.create_device(interface=name, lazy_init=lazy) for name in names]
+    return named or [_GLOO.create_default_device(lazy_init=lazy)]
 
 
 class GlooTransport:
@@ -90,7 +90,7 @@ class GlooTransport:
         rank too. `timeout` (seconds) bounds a single transfer: longer than the load may take, since a wait that times
         out leaves gloo's connections unusable. Raises UserError where this process may not open as many sockets."""
         make_room(len(partners), f"rank {rank} connects with each rank that it exchanges bytes with")
-        self._group: Any = _OF(store, rank, world_size, _options(timeout))
+        self._group: Any = _GLOO(store, rank, world_size, _options(timeout))
         self._meet(partners)
 
     def _meet(self, partners: Sequence[int]) -> None:

@@ -90,8 +90,8 @@ def fill(
     read_range = _reader(catalog, store, checks, control.recorder)
     loop_before = loop_seconds()
     stage, device = stage_for(shards), cuda_device(shards)
-    partners, timeout = schedule.partners(), 2 * manner.deadline
-    with connected(control, partners, planned.on_node, timeout, device, in_host_memory=stage.on_host) as ways:
+    others, timeout = schedule.partners(), 2 * manner.deadline
+    with connected(control, others, planned.on_node, timeout, device, in_host_memory=stage.on_host) as ways:
         pipeline = Pipeline(
             schedule,
             catalog,
@@ -107,7 +107,6 @@ def fill(
         control.todo_bytes = schedule.read_bytes
         store.begin(schedule.read_bytes)
         _run(pipeline, ways.transport, control, store, planned.read_bytes, show if control.rank == 0 else None)
-    busy = loop_seconds() - loop_before
     checked = _agreed(control, checks)
     peak = memory.stop()
     memory.landed = lambda: 0  # what has landed is the caller's alone now
@@ -116,7 +115,7 @@ def fill(
         pipeline.exchanged_bytes,
         sum(shard.numel() * shard.element_size() for shard in shards),
         peak,
-        busy,
+        loop_seconds() - loop_before,
         checked,
     )
 
